@@ -1,0 +1,93 @@
+"""Weights and optimizer state through Megatron-Core's dist_checkpointing, from any grid to any other."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megadpo.checkpoint.folder import (
+    Saved,
+    begin,
+    checkpoint_name,
+    finish,
+    keep_newest,
+    read_state,
+    storage_errors,
+)
+from megadpo.errors import CheckpointError
+from megadpo.parallel.context import ParallelContext
+from megadpo.train.optimizer import settled
+from megadpo.train.state import TrainState
+
+METADATA = {
+    # the one format that loads on every other grid; Megatron-Core's default cannot be saved at all
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context: ParallelContext) -> Path:
+    """Write RUN_DIR/checkpoints/step-N and remove all but the `keep` newest; every rank calls it.
+
+    The folder gets its name when everything in it is on the disk. Raises StorageError where the disk does not take
+    it; the checkpoints before it stay as they are.
+    """
+    folder = run_dir / "checkpoints" / checkpoint_name(state.step)
+    partial = folder.with_name(folder.name + ".partial")
+    if context.is_first:
+        partial = begin(folder)
+    dist.barrier()
+    with settled(state.chunks), storage_errors(partial):
+        try:
+            dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=METADATA)
+        except Exception as error:
+            # The writers are processes of Megatron-Core's; a full disk reaches us as their exception's text.
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+    if context.is_first:
+        finish(partial, folder, Saved(state.step, state.consumed, total_steps))
+        keep_newest(run_dir, keep)
+    dist.barrier()
+    return folder
+
+
+def load(state: TrainState, folder: Path) -> Saved:
+    """Fill weights, master weights, moments and the place in the stream; every rank calls it."""
+    saved = read_state(folder)
+    try:
+        loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(folder))
+    except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: {type(error).__name__}: {str(error).splitlines()[0]}; remove this folder to go on from the "
+            "checkpoint before it"
+        ) from error
+    for i, module in enumerate(state.modules):
+        module.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are not parameters
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.step, state.consumed = saved.step, saved.consumed
+    return saved
+
+
+def load_weights(modules: list[Any], folder: Path) -> Saved:
+    """Fill only the model chunks, as evaluation needs it; every rank calls it."""
+    saved = read_state(folder)
+    sharded = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(modules)}
+    loaded = dist_checkpointing.load(sharded, str(folder))
+    for i, module in enumerate(modules):
+        module.load_state_dict(loaded[f"model{i}"], strict=False)
+    return saved
+
+
+def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
+    """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
+    modules = {
+        f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(state.modules)
+    }
+    return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=METADATA)}

@@ -1,0 +1,173 @@
+"""The run file: frozen dataclasses, one per section. What stands here is what a run file may say.
+
+Names the field already knows are used as they are: Megatron's for parallelism, TRL's for the objective.
+Batch sizes count groups: a prompt with its responses, so a preference pair counts once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megadpo.objectives import DPO, Objective
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str
+    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of weights and activations. bfloat16 keeps float32 master weights in the optimizer."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: nothing, the attention only, or every layer."""
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen model that the objective compares with. Objectives that need none never load it."""
+
+    mode: Literal["precomputed", "resident"] = "precomputed"
+    """precomputed: one pass before training, kept on disk. resident: a second model beside the policy."""
+    path: str | None = None
+    """Hugging Face folder; the policy's own initial weights where not given."""
+    check_groups: int = 8
+    """At every start so many groups of a precomputed column are computed again and compared."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Preference data and how it becomes tokens."""
+
+    train: tuple[str, ...]
+    """Files (.jsonl, .json, .parquet, .arrow), folders written by `datasets`, or Hub ids; one or a list."""
+    eval: tuple[str, ...] = ()
+    """Held-out data, in the same forms."""
+    split: str | None = None
+    """Split to read from a Hub id or a DatasetDict folder; `train` where not given."""
+    format: str = "auto"
+    """Name of the record format, or auto: detected from the columns."""
+    tokenizer: str | None = None
+    """Folder, or a bare sentencepiece .model file; the model's folder where not given."""
+    chat_template: str | None = None
+    """A file with a Jinja template; the model's own where not given, ChatML where it has none."""
+    max_length: int = 1024
+    """Most tokens of prompt + one response."""
+    truncation_mode: Literal["keep_end", "keep_start", "drop"] = "keep_end"
+    """A group over max_length first loses prompt tokens, from its start (keep_end) or its end (keep_start), then
+    the ends of over-long responses; drop leaves the group out."""
+    num_proc: int | None = None
+    """Tokenising processes; the machine's cores (at most 8) where not given."""
+    cache_dir: str = "~/.cache/megadpo"
+    """Where tokenised stores and reference columns are kept; on a file system that all nodes share."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The grid. Data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved 1F1B); none where not given."""
+    data_parallel_size: int | None = None
+    """Replicas. Not given: world size / (tensor x pipeline) under torchrun or SLURM; on one machine without
+    either, as many as its GPUs allow, and 1 without a GPU."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = True
+    """Shard master weights and moments over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batches count groups (for DPO: pairs)."""
+
+    global_batch_size: int = 64
+    """Groups per update, over all ranks."""
+    micro_batch_size: int | None = None
+    """Most groups in one micro-batch; as many as fit the token budget where not given."""
+    micro_batch_tokens: int | None = None
+    """Token budget of a micro-batch: every micro-batch of the run is one stream of exactly so many tokens. Where
+    not given it is chosen from the data and written in the log."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 5e-7
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; warmup_ratio x all steps where not given."""
+    warmup_ratio: float = 0.1
+    min_lr_ratio: float = 0.0
+    """Floor of the schedule, as a fraction of learning_rate."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 switches it off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and what is done every so many steps (0: never)."""
+
+    num_train_epochs: int = 1
+    max_steps: int | None = None
+    """Stop after so many updates, whatever the epochs."""
+    eval_steps: int = 0
+    """Evaluate on data.eval every N steps. With data.eval given, the end of the run always evaluates."""
+    save_steps: int = 0
+    """Write a checkpoint every N steps. The end of the run, Ctrl-C and SIGTERM always write one."""
+    save_total_limit: int = 2
+    """Checkpoints to keep."""
+    shuffle: bool = True
+    """New order every epoch, from seed and epoch. false: file order."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """The Hugging Face folder written at the end of the run."""
+
+    path: str | None = None
+    """Where to; RUN_DIR/export where not given."""
+    enabled: bool = True
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """dtype of the written weights; the source folder's where not given."""
+    max_shard_size_gb: float = 5.0
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """metrics.jsonl and the progress line are always on."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    """Log to Weights & Biases under this project."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    run_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. The same file, data and grid give the same numbers."""
+
+    run_dir: str
+    """Everything the run writes: metrics, checkpoints, logs, export. A run folder that has a checkpoint goes on."""
+    model: ModelConfig
+    data: DataConfig
+    seed: int = 0
+    objective: Objective = field(default_factory=DPO)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,132 @@
+"""One micro-batch: a packed stream of groups in which each prompt stands once.
+
+A group's rows are its prompt without the last token, then, per response, the prompt's last token and the response
+without its last token. So every row predicts at most one token, every response is treated alike, and a response's rows
+attend to the prompt's and to their own. Positions go on from the prompt in every response.
+
+    group       p0 p1 p2 | p3 c0 c1 | p3 r0 r1
+    positions    0  1  2 |  3  4  5 |  3  4  5
+    predicts     .  .  . | c0 c1 c2 | r0 r1 r2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megadpo.data.store import GroupStore
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows [start, end) attend causally to themselves and fully to rows [prefix_start, prefix_end)."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T rows of the stream, N scored tokens, S responses, G groups. All tensors on one device."""
+
+    tokens_T: Tensor
+    """int64; padding rows hold token 0."""
+    positions_T: Tensor
+    """int64, position of each row in its own sequence."""
+    rows_N: Tensor
+    """int64, the row that predicts each scored token; responses one after the other."""
+    targets_N: Tensor
+    """int64, the token that it must predict."""
+    tokens_S: Tensor
+    """int64, scored tokens of each response."""
+    offsets_G1: Tensor
+    """int64 [G + 1], the responses of group g are offsets[g] to offsets[g + 1]."""
+    reference_S: Tensor | None
+    """float32, log-probability of each response under the reference, where it is known."""
+    segments: tuple[Segment, ...]
+    groups: tuple[int, ...]
+    """Numbers of the groups in their store."""
+    used: int
+    """Rows that are not padding."""
+
+    def to(self, device: torch.device) -> PackedBatch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def stream_tokens(store: GroupStore) -> np.ndarray:
+    """int64 [G]: rows of the stream that each group takes."""
+    responses = np.add.reduceat(store.response_lengths.astype(np.int64), store.offsets[:-1])
+    return store.prompt_lengths.astype(np.int64) - 1 + responses
+
+
+def attention_area(store: GroupStore) -> np.ndarray:
+    """float64 [G]: attended pairs of rows in each group; what attention costs beyond the linear layers."""
+    prompt = store.prompt_lengths.astype(np.float64) - 1
+    response = store.response_lengths.astype(np.float64)
+    group_S = np.repeat(np.arange(len(prompt)), np.diff(store.offsets))
+    own = response * (response + 1) / 2 + response * prompt[group_S]
+    return prompt * (prompt + 1) / 2 + np.add.reduceat(own, store.offsets[:-1])
+
+
+def pack(store: GroupStore, groups: Sequence[int], length: int, reference: np.ndarray | None) -> PackedBatch:
+    """Lay the groups out in a stream of exactly `length` rows. `groups` may be empty; then all rows are padding.
+
+    reference: float32 [S of the store], or None.
+    """
+    tokens = np.zeros(length, dtype=np.int64)
+    positions = np.zeros(length, dtype=np.int64)
+    segments: list[Segment] = []
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    known: list[np.ndarray] = []
+    offsets = [0]
+    at = 0
+    for number in groups:
+        group = store.group(number)
+        prompt = group.prompt_ids
+        prefix = (at, at + len(prompt) - 1)
+        tokens[prefix[0] : prefix[1]] = prompt[:-1]
+        positions[prefix[0] : prefix[1]] = np.arange(len(prompt) - 1)
+        if len(prompt) > 1:
+            segments.append(Segment(*prefix, prefix[0], prefix[0]))
+        at = prefix[1]
+        for response in group.response_ids:
+            end = at + len(response)
+            tokens[at] = prompt[-1]
+            tokens[at + 1 : end] = response[:-1]
+            positions[at:end] = np.arange(len(prompt) - 1, len(prompt) - 1 + len(response))
+            segments.append(Segment(at, end, *prefix))
+            rows.append(np.arange(at, end))
+            targets.append(response)
+            at = end
+        offsets.append(offsets[-1] + len(group.response_ids))
+        if reference is not None:
+            known.append(reference[store.offsets[number] : store.offsets[number + 1]])
+    assert at <= length, f"{at} rows in a stream of {length}"
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens),
+        positions_T=torch.from_numpy(positions),
+        rows_N=torch.from_numpy(_concatenate(rows)),
+        targets_N=torch.from_numpy(_concatenate(targets)),
+        tokens_S=torch.tensor([len(target) for target in targets], dtype=torch.int64),
+        offsets_G1=torch.tensor(offsets, dtype=torch.int64),
+        reference_S=None if reference is None else torch.from_numpy(_concatenate(known, np.float32)),
+        segments=tuple(segments),
+        groups=tuple(int(number) for number in groups),
+        used=at,
+    )
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)

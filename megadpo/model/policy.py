@@ -1,0 +1,57 @@
+"""The model: Megatron-Core's GPTModel over a packed stream, with log-probabilities at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megadpo.data.batch import PackedBatch
+from megadpo.model.attention import stream_params
+from megadpo.model.head import LogprobHead
+
+
+class Policy(GPTModel):
+    """GPTModel with its own forward pass; policy and reference are both this class.
+
+    Everything else is Megatron-Core's: parameters, initialisation, checkpoint keys, pipeline input.
+    """
+
+    def __init__(self, *args: Any, valid_vocab: int, **kwargs: Any) -> None:
+        self.valid_vocab = valid_vocab
+        super().__init__(*args, **kwargs)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Called by GPTModel's constructor once embedding and output layer stand; here the head takes its place, so
+        that Megatron-Core marks and ties the head's weight and not that of the layer that it replaces."""
+        if self.post_process:
+            self.output_layer = LogprobHead(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+                valid_vocab=self.valid_vocab,
+            )
+        super().setup_embeddings_and_output_layer()
+
+    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+        """Log-probabilities float32 [N] on the last stage, hidden states [T, 1, D] for the next stage elsewhere."""
+        # Other stages get their input from the pipeline schedule through set_input_tensor.
+        hidden = self.embedding(batch.tokens_T[None], None) if self.pre_process else None
+        length = len(batch.tokens_T)
+        rotary = self.rotary_pos_emb(length, packed_seq=True)[batch.positions_T]
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=stream_params(batch.segments, batch.tokens_T.device),
+        )
+        if not self.post_process:
+            return hidden
+        tied_here = self.share_embeddings_and_output_weights and self.pre_process
+        weight = self.embedding.word_embeddings.weight if tied_here else None
+        return self.output_layer(hidden, batch.rows_N, batch.targets_N, weight)

@@ -1,0 +1,130 @@
+"""The grid: which rank this is, and the groups it talks in. The only file that knows Megatron-Core's parallel_state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megadpo.config import ParallelConfig
+from megadpo.parallel import cpu_host, mcore_fixes
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Sizes, this rank's place, and process groups. Passed as an argument wherever ranks matter."""
+
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    virtual_size: int
+    """Model chunks per pipeline rank; 1 without interleaving."""
+    data_rank: int
+    data_size: int
+    sequence_parallel: bool
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def holds_loss(self) -> bool:
+        """Whether this rank is in the last pipeline stage."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def stages(self) -> list[tuple[int | None, bool, bool]]:
+        """For each model chunk here: (virtual stage, has the embedding, has the head)."""
+        return [
+            (
+                stage if self.virtual_size > 1 else None,
+                self.pipeline_rank == 0 and stage == 0,
+                self.holds_loss and stage == self.virtual_size - 1,
+            )
+            for stage in range(self.virtual_size)
+        ]
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks, in place."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every rank what the last stage of its pipeline holds, in place."""
+        if self.pipeline_size > 1:
+            dist.broadcast(values, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank of the world."""
+        seen = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item() > 0)
+
+
+def join_world(rank: int, world_size: int, local_rank: int, init_method: str) -> torch.device:
+    """Join the process group: NCCL where there is a GPU for this rank, gloo otherwise."""
+    cpu_host.install()
+    mcore_fixes.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend, init_method=init_method, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        )
+    return device
+
+
+def build_context(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelContext:
+    """Make the grid's groups. Ranks are laid out tensor first, then data, then pipeline (Megatron's order)."""
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_size=virtual or 1,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=parallel.sequence_parallel,
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def destroy_context() -> None:
+    """Forget the grid, so that another can be built in the same processes."""
+    parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def grid(parallel: ParallelConfig, device: torch.device, seed: int) -> Iterator[ParallelContext]:
+    """A grid for the length of a with-block."""
+    try:
+        yield build_context(parallel, device, seed)
+    finally:
+        destroy_context()

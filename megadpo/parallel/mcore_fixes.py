@@ -1,0 +1,172 @@
+"""Faults of Megatron-Core 0.16 that run and give wrong numbers, or hang, and what guards against each.
+
+They are not faults of the CPU: the same code runs on GPUs. Each guard is shown by tests/parallel/test_mcore_fixes.py.
+
+| fault | where | guard |
+|---|---|---|
+| activations and gradients swapped: 2 pipeline ranks, virtual stages, batched p2p | p2p_communication.py | refuse() |
+| optimizer state saved shifted: fully_reshardable, several padded gradient buckets | distrib_optimizer.py | strip_bucket_padding() |
+| one `step` tensor shared by all parameters after a load, without TE and Apex | distrib_optimizer.py:825 | stateless_step_adam() |
+| fp8, fp8_param, tp_comm_overlap ignored without Transformer Engine | fp8_utils.py | refuse() |
+| checkpoint format that can be chosen by default and cannot be saved | optimizer default metadata | checkpoint.METADATA |
+| dist_checkpointing.save hangs for ever without psutil | filesystem_async.py | require_psutil() |
+| named random states never applied without CUDA | tensor_parallel/random.py | cpu_host |
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megadpo.errors import ConfigError, MachineError
+
+
+def install() -> None:
+    """Guard against the faults that configuration alone cannot avoid. Safe to call twice."""
+    require_psutil()
+    strip_bucket_padding()
+    stateless_step_adam()
+
+
+def have_te() -> bool:
+    """Whether Megatron-Core found Transformer Engine."""
+    from megatron.core.extensions import transformer_engine
+
+    return bool(transformer_engine.HAVE_TE)
+
+
+def refuse(config: TransformerConfig) -> None:
+    """Raise for settings that Megatron-Core accepts and then computes wrongly or ignores."""
+    if (
+        config.pipeline_model_parallel_size == 2
+        and config.virtual_pipeline_model_parallel_size
+        and config.batch_p2p_comm
+    ):
+        raise ConfigError(
+            "2 pipeline ranks with virtual stages and batched p2p: activations and gradients between the two ranks "
+            "are mixed up; set overlap_p2p_comm=True, batch_p2p_comm=False"
+        )
+    if not have_te():
+        for name in ("fp8", "fp8_param", "tp_comm_overlap"):
+            if getattr(config, name, None):
+                raise MachineError(
+                    f"{name} needs Transformer Engine, which is not installed: Megatron-Core would ignore it "
+                    "silently; install transformer-engine or switch it off"
+                )
+
+
+def require_psutil() -> None:
+    """Megatron-Core's checkpoint writers die without psutil, which it does not declare, and the trainer waits for
+    them for ever."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not getattr(filesystem_async, "HAVE_PSUTIL", True):
+        raise MachineError("psutil is not installed: saving a checkpoint would hang; pip install psutil")
+
+
+def strip_bucket_padding() -> None:
+    """`fully_reshardable` gathers the optimizer state without the padding at the ends of gradient buckets, but looks
+    parameters up at their padded places: every parameter after the first padded bucket is saved shifted. Mended
+    upstream after 0.19 (32a03b77c5); here the lookup table is given the unpadded places during the save."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if hasattr(original, "unpadded") or "cumulative_padding_stripped" in inspect.getsource(original):
+        return
+
+    def unpadded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        padded = [buffer.param_index_map for buffer in self.buffers]
+        try:
+            for buffer in self.buffers:
+                buffer.param_index_map = _without_padding(buffer)
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, table in zip(self.buffers, padded, strict=True):
+                buffer.param_index_map = table
+
+    unpadded.unpadded = True  # type: ignore[attr-defined]
+    DistributedOptimizer.sharded_param_state_fully_reshardable = unpadded
+
+
+def _without_padding(buffer: Any) -> dict:
+    padding_before = [0]
+    for bucket in buffer.buckets[:-1]:
+        padding_before.append(padding_before[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+    return {
+        parameter: (start - padding_before[bucket], end - padding_before[bucket], bucket)
+        for parameter, (start, end, bucket) in buffer.param_index_map.items()
+    }
+
+
+class StatelessStepAdam(torch.optim.Optimizer):
+    """AdamW whose step count lives in the parameter group, as in TE's and Apex's FusedAdam.
+
+    torch's own AdamW keeps a `step` tensor per parameter. Megatron-Core's load hands one shared tensor to all of them,
+    which is then incremented once per parameter. This layout also makes checkpoints equal with and without TE.
+    Loshchilov and Hutter 2019, algorithm 2 (arXiv 1711.05101).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **_: Any,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if not adam_w_mode:
+            raise ConfigError("only decoupled weight decay (AdamW) is supported; set decoupled_weight_decay")
+
+    def initialize_state(self, parameter: torch.Tensor, *_: Any) -> None:
+        """Zero moments; called by Megatron-Core before it loads into them."""
+        self.state[parameter]["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+        self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One AdamW update of every parameter that has a gradient."""
+        from torch.optim.adamw import adamw
+
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.initialize_state(parameter)
+            if not parameters:
+                continue
+            adamw(
+                parameters,
+                [p.grad.float() for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def stateless_step_adam() -> None:
+    """Give Megatron-Core an Adam with FusedAdam's state layout where neither TE nor Apex is installed."""
+    import megatron.core.optimizer as optimizers
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = StatelessStepAdam, False
+        distributed.Adam = StatelessStepAdam
+        distributed.HAVE_APEX_OR_TE, distributed.USING_TE_OPTIMIZER = True, True

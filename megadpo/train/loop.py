@@ -1,0 +1,152 @@
+"""When to step, log, evaluate, save and stop. No tensors here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megadpo import checkpoint
+from megadpo.config import Config
+from megadpo.data.batch import stream_tokens
+from megadpo.data.stream import Stream
+from megadpo.parallel.context import ParallelContext
+from megadpo.train.evaluate import evaluate
+from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
+from megadpo.train.state import TrainState
+from megadpo.train.step import Sums, train_step
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A stream of groups with, where the objective needs one, the reference's log-probabilities."""
+
+    stream: Stream
+    column: np.ndarray | None
+    """float32 [S of the store]; None with a resident reference, or without one."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How far a run goes."""
+
+    steps: int
+    groups: int
+    """Groups in all; the last step takes what is left."""
+
+
+def run_length(config: Config, groups: int) -> Length:
+    """Every group once per epoch, the last batch as small as it comes; max_steps, where given, decides instead."""
+    size = config.batch.global_batch_size
+    if config.train.max_steps is not None:
+        return Length(config.train.max_steps, config.train.max_steps * size)
+    every = groups * config.train.num_train_epochs
+    return Length(math.ceil(every / size), every)
+
+
+class Log(Protocol):
+    """What the loop tells the user; `megadpo.observe.log.RunLog` on rank 0, silence on the others."""
+
+    def step(self, record: dict[str, Any]) -> None: ...
+
+    def line(self, text: str) -> None: ...
+
+
+def fit(
+    state: TrainState,
+    train: Scored,
+    held_out: Scored | None,
+    reference: list | None,
+    config: Config,
+    context: ParallelContext,
+    log: Log,
+    stop_requested: Callable[[], bool],
+) -> bool:
+    """Train to the end, or until a stop is requested on any rank; True when the end was reached.
+
+    A checkpoint is there when this returns, whichever it was.
+    """
+    length = run_length(config, len(train.stream.store))
+    tokens_G = stream_tokens(train.stream.store)
+
+    def save() -> None:
+        with settled(state.chunks):
+            folder = checkpoint.save(
+                state, Path(config.run_dir), length.steps, config.train.save_total_limit, context
+            )
+        log.line(f"saved {folder}")
+
+    def held_out_metrics() -> None:
+        if held_out is not None:
+            log.step({"step": state.step, **_prefixed(run_evaluation(state, held_out, reference, config, context))})
+
+    stopping = False
+    while state.step < length.steps and not stopping:
+        started = time.monotonic()
+        rate = learning_rate(config.optimizer, state.step, length.steps)
+        set_learning_rate(state.optimizer, rate)
+        count = min(config.batch.global_batch_size, length.groups - state.consumed)
+        groups = train.stream.next_groups(state.consumed, count)
+        batches = train.stream.batches(groups, context.data_rank, train.column)
+        sums, grad_norm = train_step(state, batches, config.objective, reference, context)
+        rows = int(tokens_G[groups].sum())
+        seconds = time.monotonic() - started
+        log.step(
+            {
+                "step": state.step,
+                "epoch": state.consumed / len(train.stream.store),
+                "loss": sums.loss,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                **sums.metrics,
+                "num_tokens": rows,
+                "num_scored_tokens": sums.tokens,
+                "padding_fraction": 1 - rows / (len(batches) * context.data_size * train.stream.budget.tokens),
+                "seconds": seconds,
+                "pairs_per_second": count / seconds,
+                "tokens_per_second": rows / seconds,
+            }
+        )
+        if _due(config.train.eval_steps, state.step) and state.step < length.steps:
+            held_out_metrics()
+        stopping = context.any_rank(stop_requested())
+        if _due(config.train.save_steps, state.step) and state.step < length.steps and not stopping:
+            save()
+    if not stopping:
+        held_out_metrics()
+    save()
+    return not stopping
+
+
+def run_evaluation(
+    state: TrainState, held_out: Scored, reference: list | None, config: Config, context: ParallelContext
+) -> Sums:
+    """Held-out metrics of the model as it stands."""
+    with settled(state.chunks):
+        return evaluate(
+            state.chunks,
+            held_out.stream,
+            config.objective,
+            held_out.column,
+            reference,
+            groups_per_pass(config),
+            context,
+        )
+
+
+def groups_per_pass(config: Config) -> int:
+    """Groups that a forward-only pass gives to the pipeline at once."""
+    return 4 * config.batch.global_batch_size
+
+
+def _prefixed(sums: Sums) -> dict[str, float]:
+    return {"eval_loss": sums.loss, **{f"eval_{name}": value for name, value in sums.metrics.items()}}
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,28 @@
+"""Everything that changes during a run, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megadpo.model.policy import Policy
+
+
+@dataclass
+class TrainState:
+    """step: updates made. consumed: groups taken from the stream, its whole cursor.
+
+    There is no random state to keep: dropout is off and the data's order is a function of seed and epoch.
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    step: int = 0
+    consumed: int = 0
+
+    @property
+    def modules(self) -> list[Policy]:
+        """The bare model chunks."""
+        return [chunk.module for chunk in self.chunks]

@@ -1,0 +1,171 @@
+"""The engine without files and command line: a model folder, a store and a grid in; numbers out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megadpo.config import OptimizerConfig, ParallelConfig
+from megadpo.convert.families import read_shape
+from megadpo.convert.importer import load_hf
+from megadpo.data.packing import Budget
+from megadpo.data.stream import Stream
+from megadpo.model.build import build_chunks
+from megadpo.objectives import DPO, Objective
+from megadpo.parallel.context import ParallelContext, grid
+from megadpo.train.optimizer import build_optimizer, set_learning_rate, settled, wrap
+from megadpo.train.score import score_groups
+from megadpo.train.state import TrainState
+from megadpo.train.step import train_step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the same training."""
+
+    folder: Path
+    store: Any
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    sequence: bool = False
+    distributed: bool = False
+    overlap: bool = False
+    dtype: str = "float32"
+    recompute: str = "none"
+    budget: Budget = Budget(96)
+    steps: int = 2
+    batch: int = 8
+    learning_rate: float = 1e-3
+    objective: Objective = field(default_factory=lambda: DPO(beta=0.5))
+    resident: bool = False
+    bucket_size: int | None = None
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.virtual,
+            sequence_parallel=self.sequence,
+            use_distributed_optimizer=self.distributed,
+            overlap_grad_reduce=self.overlap,
+            overlap_param_gather=self.overlap and self.distributed,
+        )
+
+
+@dataclass
+class Piece:
+    """This rank's part of one tensor."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: torch.Tensor
+
+
+def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
+    shape = read_shape(case.folder)
+    modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute)
+    load_hf(modules, shape, case.folder)
+    chunks = wrap(modules, case.parallel, case.bucket_size)
+    optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
+    multiple = case.pipeline if case.virtual else 1
+    return TrainState(chunks, optimizer), Stream(case.store, case.budget, context.data_size, multiple)
+
+
+def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:
+    """tensor_of(parameter) for every parameter here, under its global name; gate and up apart."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found = {}
+    for module in state.modules:
+        by_data = {p.data_ptr(): p for p in module.parameters()}
+        for entry in module.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
+            if isinstance(entry, ShardedTensorFactory):
+                entry = replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))
+                parts = entry.build()
+            elif isinstance(entry, ShardedTensor):
+                parts = [replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))]
+            else:
+                continue
+            for part in parts:
+                found[part.key] = Piece(part.global_shape, part.global_offset, part.data.detach().float().clone())
+    return found
+
+
+def run(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
+    """Every case one after the other in the same ranks."""
+    return [run_one(device, case) for case in cases]
+
+
+def run_one(device: torch.device, case: Case) -> dict[str, Any]:
+    """Reference column, then `steps` updates; the column, the totals, the first step's gradients, the final weights."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        everything = np.arange(len(case.store))
+        column = None
+        if case.objective.needs_reference:
+            column = score_groups(state.modules, stream, everything, 5, context, lambda done: None)
+        reference = None
+        if case.resident:
+            reference = [chunk for chunk in build(case, context)[0].modules]
+            for module in reference:
+                module.eval().requires_grad_(False)
+        result: dict[str, Any] = {"column": column, "sums": [], "grad_norms": []}
+        first_gradients(state, result)
+        for _ in range(case.steps):
+            set_learning_rate(state.optimizer, case.learning_rate)
+            batches = stream.batches(
+                stream.next_groups(state.consumed, case.batch),
+                context.data_rank,
+                None if case.resident else column,
+            )
+            sums, norm = train_step(state, batches, case.objective, reference, context)
+            result["sums"].append(sums)
+            result["grad_norms"].append(norm)
+        with settled(state.chunks):
+            result["weights"] = pieces(state, lambda p: p.data)
+        return result
+
+
+def first_gradients(state: TrainState, result: dict[str, Any]) -> None:
+    """Keep the gradients as they are when the optimizer first gets them: reduced and divided."""
+    prepare = state.optimizer.prepare_grads
+
+    def keep() -> Any:
+        result.setdefault("gradients", pieces(state, lambda p: p.main_grad))
+        return prepare()
+
+    state.optimizer.prepare_grads = keep
+
+
+def assemble(results: list[dict[str, Any]], what: str, vocab: int) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' pieces, padded vocabulary cut off. Replicas must agree to the last bit."""
+    whole: dict[str, torch.Tensor] = {}
+    for result in results:
+        for key, piece in result[what].items():
+            full = whole.setdefault(key, torch.full(piece.shape, torch.nan))
+            index = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.data.shape, strict=True))
+            known = full[index]
+            same = torch.isnan(known) | (known == piece.data)
+            assert same.all(), f"{what} of {key}: replicas differ by {(known - piece.data).abs().max()}"
+            full[index] = piece.data
+    for key, full in whole.items():
+        if "word_embeddings" in key or key == "output_layer.weight":
+            whole[key] = full = full[:vocab]
+        assert not torch.isnan(full).any(), f"{what} of {key}: no rank holds all of it"
+    return whole
+
+
+def worst(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest relative difference |got - want| / |want| (Frobenius) over all tensors, and whose it is."""
+    assert got.keys() == want.keys()
+    return max((float((got[k] - want[k]).norm() / want[k].norm().clamp(min=1e-30)), k) for k in want)
+
+
+def gathered(results: list[list[dict[str, Any]]], index: int) -> Iterator[dict[str, Any]]:
+    """One case's results of every rank."""
+    return (rank[index] for rank in results)
