@@ -45,49 +45,55 @@ def deal(
 ) -> list[list[Bin]]:
     """Bins of each rank, as positions into the arrays.
 
-    tokens_G: int [G], stream tokens of each group, none over the budget. cost_G: float [G], what balances the bins.
-    The number of bins is the smallest that the balanced filling finds, rounded up so that every rank has the same
-    number and that number is a multiple of `multiple`; bins can be empty. Every group is in exactly one bin.
+    tokens_G: int [G], stream tokens of each group, none over the budget. cost_G: float [G], what is balanced: first
+    over the ranks, then over the bins of each. Every rank gets the same number of bins, the smallest that its balanced
+    filling finds, rounded up to a multiple of `multiple`; bins can be empty. Every group is in exactly one bin.
     """
     if len(tokens_G) and tokens_G.max() > budget.tokens:
         raise ValueError(f"a group of {tokens_G.max()} tokens is over the budget of {budget.tokens}")
-    step = ranks * multiple
-    fewest = -(-int(tokens_G.sum()) // budget.tokens)
+    unlimited = np.full(ranks, np.iinfo(np.int64).max)
+    shares = _spread(np.arange(len(tokens_G)), tokens_G, cost_G, unlimited, unlimited)
+    assert shares is not None
+    fewest = max(-(-int(tokens_G[share].sum()) // budget.tokens) for share in shares)
     if budget.groups is not None:
-        fewest = max(fewest, -(-len(tokens_G) // budget.groups))
-    count = max(1, -(-fewest // step)) * step
-    while (bins := _fill(tokens_G, cost_G, budget, count)) is None:
-        count += step
-    return _share(bins, cost_G, ranks)
+        fewest = max(fewest, *(-(-len(share) // budget.groups) for share in shares))
+    count = max(1, -(-fewest // multiple)) * multiple
+    while (dealt := _bins(shares, tokens_G, cost_G, budget, count)) is None:
+        count += multiple
+    return dealt
 
 
-def _fill(tokens_G: np.ndarray, cost_G: np.ndarray, budget: Budget, count: int) -> list[Bin] | None:
-    """Largest cost first, into the cheapest bin that has room; None where some group finds no room."""
-    members: list[list[int]] = [[] for _ in range(count)]
+def _bins(
+    shares: list[np.ndarray], tokens_G: np.ndarray, cost_G: np.ndarray, budget: Budget, count: int
+) -> list[list[Bin]] | None:
+    """Each rank's share in `count` bins; None where some share does not fit."""
     room = np.full(count, budget.tokens, dtype=np.int64)
-    slots = np.full(count, budget.groups if budget.groups is not None else len(tokens_G), dtype=np.int64)
-    cost = np.zeros(count)
-    for group in np.lexsort((np.arange(len(cost_G)), -cost_G)):
+    slots = np.full(count, np.iinfo(np.int64).max if budget.groups is None else budget.groups)
+    dealt = []
+    for share in shares:
+        bins = _spread(share, tokens_G, cost_G, room, slots)
+        if bins is None:
+            return None
+        dealt.append([tuple(bin_.tolist()) for bin_ in bins])
+    return dealt
+
+
+def _spread(
+    groups: np.ndarray, tokens_G: np.ndarray, cost_G: np.ndarray, room: np.ndarray, slots: np.ndarray
+) -> list[np.ndarray] | None:
+    """Groups over places, the costliest first, each to the cheapest place with room for its tokens and a free slot.
+
+    Graham 1969, longest processing time first: at most 4/3 of the best possible load. None where a group finds no room.
+    """
+    members: list[list[int]] = [[] for _ in room]
+    room, slots, load = room.copy(), slots.copy(), np.zeros(len(room))
+    for group in groups[np.lexsort((groups, -cost_G[groups]))]:
         fits = (room >= tokens_G[group]) & (slots > 0)
         if not fits.any():
             return None
-        target = int(np.where(fits, cost, np.inf).argmin())
-        members[target].append(int(group))
-        room[target] -= tokens_G[group]
-        slots[target] -= 1
-        cost[target] += cost_G[group]
-    return [tuple(sorted(bin_)) for bin_ in members]
-
-
-def _share(bins: list[Bin], cost_G: np.ndarray, ranks: int) -> list[list[Bin]]:
-    """The same number of bins to every rank, costliest first to the rank with the least."""
-    each = len(bins) // ranks
-    dealt: list[list[Bin]] = [[] for _ in range(ranks)]
-    load = np.zeros(ranks)
-    costs = [float(cost_G[list(bin_)].sum()) for bin_ in bins]
-    for index in sorted(range(len(bins)), key=lambda i: (-costs[i], i)):
-        open_ranks = np.array([len(part) < each for part in dealt])
-        rank = int(np.where(open_ranks, load, np.inf).argmin())
-        dealt[rank].append(bins[index])
-        load[rank] += costs[index]
-    return dealt
+        place = int(np.where(fits, load, np.inf).argmin())
+        members[place].append(int(group))
+        room[place] -= tokens_G[group]
+        slots[place] -= 1
+        load[place] += cost_G[group]
+    return [np.array(sorted(place), dtype=np.int64) for place in members]

@@ -23,6 +23,8 @@ class Stream:
     """Data-parallel size."""
     multiple: int
     """The number of micro-batches per rank is a multiple of this (interleaved pipelines need it)."""
+    pair_cost: float = 0.0
+    """Cost of one attended pair of rows, in units of the linear layers' cost of one row; balances the ranks."""
     seed: int = 0
     shuffle: bool = False
 
@@ -32,13 +34,9 @@ class Stream:
 
     def bins(self, groups: np.ndarray) -> list[list[Bin]]:
         """For each rank its micro-batches, as tuples of store numbers."""
-        dealt = deal(
-            stream_tokens(self.store)[groups],
-            attention_area(self.store)[groups],
-            self.budget,
-            self.ranks,
-            self.multiple,
-        )
+        tokens = stream_tokens(self.store)[groups]
+        cost = tokens + self.pair_cost * attention_area(self.store)[groups]
+        dealt = deal(tokens, cost, self.budget, self.ranks, self.multiple)
         return [[tuple(int(groups[i]) for i in bin_) for bin_ in part] for part in dealt]
 
     def batches(self, groups: np.ndarray, rank: int, reference: np.ndarray | None) -> list[PackedBatch]:

@@ -40,18 +40,25 @@ class Policy(GPTModel):
 
     def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
         """Log-probabilities float32 [N] on the last stage, hidden states [T, 1, D] for the next stage elsewhere."""
-        # Other stages get their input from the pipeline schedule through set_input_tensor.
-        hidden = self.embedding(batch.tokens_T[None], None) if self.pre_process else None
-        length = len(batch.tokens_T)
-        rotary = self.rotary_pos_emb(length, packed_seq=True)[batch.positions_T]
-        hidden = self.decoder(
-            hidden_states=hidden,
+        hidden_TD = self.hidden_states(batch)
+        if not self.post_process:
+            return hidden_TD
+        return self.output_layer(hidden_TD, batch.rows_N, batch.targets_N, self.tied_weight())
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Output of this stage's layers, [T, 1, D] (T / tensor ranks under sequence parallelism)."""
+        # Later stages get their input from the pipeline schedule, through set_input_tensor.
+        hidden_TD = self.embedding(batch.tokens_T[None], None) if self.pre_process else None
+        rotary = self.rotary_pos_emb(len(batch.tokens_T), packed_seq=True)[batch.positions_T]
+        return self.decoder(
+            hidden_states=hidden_TD,
             attention_mask=None,
             rotary_pos_emb=rotary,
             packed_seq_params=stream_params(batch.segments, batch.tokens_T.device),
         )
-        if not self.post_process:
-            return hidden
-        tied_here = self.share_embeddings_and_output_weights and self.pre_process
-        weight = self.embedding.word_embeddings.weight if tied_here else None
-        return self.output_layer(hidden, batch.rows_N, batch.targets_N, weight)
+
+    def tied_weight(self) -> Tensor | None:
+        """The embedding's weight where it serves as the head's on this very stage; None where the head has its own."""
+        if self.pre_process and self.share_embeddings_and_output_weights:
+            return self.embedding.word_embeddings.weight
+        return None

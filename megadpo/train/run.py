@@ -1,0 +1,248 @@
+"""A whole run in every rank: data, model, reference, training, export. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megadpo import checkpoint
+from megadpo.check import check_grid
+from megadpo.config import Config
+from megadpo.convert.exporter import export_hf
+from megadpo.convert.families import read_shape
+from megadpo.convert.hf_files import weights_digest
+from megadpo.convert.importer import check_hf, load_hf
+from megadpo.convert.shape import ModelShape
+from megadpo.data.batch import stream_tokens
+from megadpo.data.prepare import prepare_or_wait
+from megadpo.data.store import GroupStore
+from megadpo.data.stream import Stream, choose_budget
+from megadpo.errors import ConfigError, MachineError
+from megadpo.model.build import build_chunks
+from megadpo.model.policy import Policy
+from megadpo.observe.log import RunLog
+from megadpo.parallel import mcore_fixes
+from megadpo.parallel.context import ParallelContext, grid, join_world
+from megadpo.parallel.ranks import Rank
+from megadpo.parallel.stop import StopSignal
+from megadpo.train import identity
+from megadpo.train.loop import Scored, fit, groups_per_pass, held_out_record, run_length
+from megadpo.train.optimizer import build_optimizer, wrap
+from megadpo.train.score import check_column, reference_digest, score_groups
+from megadpo.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from: checked, and on the disk. Every rank has the same."""
+
+    shape: ModelShape
+    reference_shape: ModelShape
+    train: GroupStore
+    held_out: GroupStore | None
+
+    @property
+    def stores(self) -> list[GroupStore]:
+        return [self.train] if self.held_out is None else [self.train, self.held_out]
+
+
+def run_training(config: Config, rank: Rank) -> int:
+    """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
+    inputs = read_inputs(config, rank)
+    run_dir = Path(config.run_dir)
+    if rank.rank == 0:
+        identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
+    with StopSignal() as stop:
+        device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+        with grid(config.parallel, device, config.seed) as context:
+            length = run_length(config, len(inputs.train))
+            with RunLog(run_dir, length.steps, config, enabled=context.is_first) as log:
+                finished = _train(config, inputs, context, log, stop)
+        dist.destroy_process_group()
+        if not finished:
+            return stop.exit_code
+        if rank.rank == 0 and config.export.enabled:
+            _export(config, run_dir)
+    return 0
+
+
+def read_inputs(config: Config, rank: Rank) -> Inputs:
+    """Check model folder and grid, tokenise the data. Before any process group exists, so that no rank waits for
+    another inside a collective."""
+    shape = read_shape(config.model.path)
+    reference_shape = read_shape(config.reference.path) if config.reference.path else shape
+    problems = check_grid(
+        config,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        num_layers=shape.num_layers,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        world_size=rank.world_size,
+    )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if rank.rank == 0:
+        check_hf(shape, config.model.path)
+        if config.reference.path and config.objective.needs_reference:
+            check_hf(reference_shape, config.reference.path)
+
+    def prepare(sources: tuple[str, ...]) -> GroupStore:
+        return prepare_or_wait(
+            sources, config.data, config.model.path, config.objective.responses, is_preparer=rank.rank == 0
+        )
+
+    train = prepare(config.data.train)
+    return Inputs(shape, reference_shape, train, prepare(config.data.eval) if config.data.eval else None)
+
+
+def _train(
+    config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, stop: StopSignal
+) -> bool:
+    train, held_out = _streams(config, inputs, context)
+    log.banner(_banner(config, inputs, train, context))
+    policy = _load(config, inputs.shape, config.model.path, context)
+    reference = None
+    if config.objective.needs_reference:
+        if config.reference.mode == "resident":
+            reference = _reference_model(config, inputs, context)
+        else:
+            train, held_out = _with_columns(config, inputs, train, held_out, policy, context, log)
+    chunks = wrap(policy, config.parallel)
+    state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
+    newest = checkpoint.latest(Path(config.run_dir))
+    if newest is not None:
+        checkpoint.load(state, newest)
+        log.line(f"going on from {newest}")
+    log.resume(state.step)
+    return fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
+
+
+def _streams(config: Config, inputs: Inputs, context: ParallelContext) -> tuple[Scored, Scored | None]:
+    batch = config.batch
+    budget = choose_budget(
+        inputs.stores,
+        batch.global_batch_size,
+        context.data_size,
+        context.pipeline_size,
+        context.tensor_size if context.sequence_parallel else 1,
+        batch.micro_batch_tokens,
+        batch.micro_batch_size,
+    )
+    multiple = context.pipeline_size if context.virtual_size > 1 else 1
+    cost = inputs.shape.attended_pair_cost
+    train = Stream(inputs.train, budget, context.data_size, multiple, cost, config.seed, config.train.shuffle)
+    if inputs.held_out is None:
+        return Scored(train, None), None
+    return Scored(train, None), Scored(Stream(inputs.held_out, budget, context.data_size, multiple, cost), None)
+
+
+def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
+    chunks = build_chunks(shape, config.parallel, context, config.model.dtype, config.model.recompute)
+    load_hf(chunks, shape, folder)
+    return chunks
+
+
+def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
+    """A second model in the policy's own layout, frozen."""
+    chunks = _load(config, inputs.reference_shape, config.reference.path or config.model.path, context)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
+def _with_columns(
+    config: Config,
+    inputs: Inputs,
+    train: Scored,
+    held_out: Scored | None,
+    policy: list[Policy],
+    context: ParallelContext,
+    log: RunLog,
+) -> tuple[Scored, Scored | None]:
+    """The reference's log-probabilities: read where they are known (and checked), computed where not.
+
+    The policy has its initial weights here, so it serves as its own reference where no other is named.
+    """
+    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
+    weights = weights_digest(config.reference.path or config.model.path)
+    train = _scored(config, train.stream, chunks, weights, context, log)
+    if held_out is not None:
+        held_out = _scored(config, held_out.stream, chunks, weights, context, log)
+    del chunks
+    gc.collect()
+    return train, held_out
+
+
+def _scored(
+    config: Config, stream: Stream, chunks: list[Policy], weights: str, context: ParallelContext, log: RunLog
+) -> Scored:
+    store = stream.store
+    digest = reference_digest(weights, store.digest, config.model.dtype)
+    known = store.reference(digest)
+    # All ranks must take the same branch, and the file may appear between two looks at it.
+    if context.any_rank(known is None):
+        with log.phase("reference log-probabilities", len(store)) as progress:
+            column = score_groups(
+                chunks, stream, np.arange(len(store)), groups_per_pass(config), context, progress
+            )
+        if context.is_first:
+            store.write_reference(digest, column)
+        return Scored(stream, column)
+    assert known is not None
+    some = np.unique(np.linspace(0, len(store) - 1, min(config.reference.check_groups, len(store))).astype(int))
+    if len(some):
+        fresh = score_groups(chunks, stream, some, groups_per_pass(config), context, lambda done: None)
+        difference = check_column(known, stream, config.model.dtype, fresh)
+        log.line(
+            f"reference log-probabilities: {len(known)} known from an earlier run; {len(some)} groups computed "
+            f"again differ by at most {difference:.1e} nats"
+        )
+    return Scored(stream, known)
+
+
+def _banner(config: Config, inputs: Inputs, train: Scored, context: ParallelContext) -> list[str]:
+    """What runs, and with which parts."""
+    shape, parallel, stream = inputs.shape, config.parallel, train.stream
+    layers = "Transformer Engine" if mcore_fixes.have_te() else "Megatron-Core's own (no Transformer Engine)"
+    grid_text = f"tensor {context.tensor_size} x pipeline {context.pipeline_size} x data {context.data_size}"
+    if context.virtual_size > 1:
+        grid_text += f", {context.virtual_size} virtual stages"
+    if context.sequence_parallel:
+        grid_text += ", sequence parallel"
+    needs = config.objective.needs_reference
+    reference = config.reference.path or "its own initial weights"
+    tokens = stream_tokens(inputs.train)
+    return [
+        f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
+        f"layers     {layers}; {config.model.dtype} on {context.device.type}",
+        f"grid       {grid_text}",
+        f"objective  {config.objective}",
+        f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
+        *inputs.train.report.lines(),
+        f"batch      {config.batch.global_batch_size} groups per update, micro-batches of {stream.budget.tokens} "
+        f"tokens (a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
+        f"optimizer  AdamW, distributed: {'yes' if parallel.use_distributed_optimizer else 'no'}",
+    ]
+
+
+def _export(config: Config, run_dir: Path) -> None:
+    newest = checkpoint.latest(run_dir)
+    assert newest is not None
+    out = Path(config.export.path) if config.export.path else run_dir / "export"
+    export_hf(
+        newest,
+        Path(config.model.path),
+        out,
+        config.export.dtype,
+        int(config.export.max_shard_size_gb * 1e9),
+        None,
+    )
+
+
+def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:
+    """Held-out metrics of a checkpoint (the run folder's newest where None; the model's folder where there is none)."""
+    raise MachineError("not here yet")
