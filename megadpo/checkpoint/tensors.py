@@ -9,6 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import CheckpointException
 
 from megadpo.checkpoint.folder import (
     Saved,
@@ -61,13 +63,7 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
 def load(state: TrainState, folder: Path) -> Saved:
     """Fill weights, master weights, moments and the place in the stream; every rank calls it."""
     saved = read_state(folder)
-    try:
-        loaded = dist_checkpointing.load(_sharded(state, is_loading=True), str(folder))
-    except (dist_checkpointing.core.CheckpointingException, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: {type(error).__name__}: {str(error).splitlines()[0]}; remove this folder to go on from the "
-            "checkpoint before it"
-        ) from error
+    loaded = _read(_sharded(state, is_loading=True), folder)
     for i, module in enumerate(state.modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are not parameters
     state.optimizer.load_state_dict(loaded["optimizer"])
@@ -79,10 +75,24 @@ def load_weights(modules: list[Any], folder: Path) -> Saved:
     """Fill only the model chunks, as evaluation needs it; every rank calls it."""
     saved = read_state(folder)
     sharded = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(modules)}
-    loaded = dist_checkpointing.load(sharded, str(folder))
+    loaded = _read(sharded, folder)
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)
     return saved
+
+
+def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """dist_checkpointing.load with its many exceptions as one line."""
+    try:
+        return dist_checkpointing.load(sharded, str(folder))
+    except (CheckpointException, CheckpointingException, OSError, KeyError, ValueError) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        text = (str(cause).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder}: {type(cause).__name__}: {text}; remove this folder to go on from the checkpoint before it"
+        ) from error
 
 
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:

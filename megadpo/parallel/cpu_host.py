@@ -73,7 +73,6 @@ def install() -> None:
         return
     _stand_in_for_cuda()
     _one_random_generator()
-    _fork_the_writer_queue()
     _mode = CpuDevice()
     _mode.__enter__()
 
@@ -106,16 +105,3 @@ def _one_random_generator() -> None:
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-
-
-def _fork_the_writer_queue() -> None:
-    """strategies/filesystem_async.py spawns a manager process at the first save, which imports torch and Megatron
-    again (6 s a rank). Forking is unsafe only once CUDA runs."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    def queue() -> Any:
-        if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = torch.multiprocessing.get_context("fork").Manager().Queue()
-        return filesystem_async._results_queue
-
-    filesystem_async._get_write_results_queue = queue

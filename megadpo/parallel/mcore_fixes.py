@@ -10,12 +10,14 @@ They are not faults of the CPU: the same code runs on GPUs. Each guard is shown 
 | fp8, fp8_param, tp_comm_overlap ignored without Transformer Engine | fp8_utils.py | refuse() |
 | checkpoint format that can be chosen by default and cannot be saved | optimizer default metadata | checkpoint.METADATA |
 | dist_checkpointing.save hangs for ever without psutil | filesystem_async.py | require_psutil() |
+| a killed trainer leaves a manager process behind, which keeps its terminal | filesystem_async.py | queue_here() |
 | named random states never applied without CUDA | tensor_parallel/random.py | cpu_host |
 """
 
 from __future__ import annotations
 
 import inspect
+import queue
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from megadpo.errors import ConfigError, MachineError
 def install() -> None:
     """Guard against the faults that configuration alone cannot avoid. Safe to call twice."""
     require_psutil()
+    queue_here()
     strip_bucket_padding()
     stateless_step_adam()
 
@@ -65,6 +68,15 @@ def require_psutil() -> None:
 
     if not getattr(filesystem_async, "HAVE_PSUTIL", True):
         raise MachineError("psutil is not installed: saving a checkpoint would hang; pip install psutil")
+
+
+def queue_here() -> None:
+    """The first save spawns a manager process for one queue, which imports the program again (6 s a rank) and outlives
+    a rank that is killed. Saves are synchronous here, so both ends of the queue are in this process."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results: queue.Queue = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
 
 
 def strip_bucket_padding() -> None:

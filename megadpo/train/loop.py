@@ -75,16 +75,17 @@ def fit(
     tokens_G = stream_tokens(train.stream.store)
 
     def save() -> None:
-        with settled(state.chunks):
-            folder = checkpoint.save(
-                state, Path(config.run_dir), length.steps, config.train.save_total_limit, context
-            )
+        run_dir = Path(config.run_dir).expanduser()
+        folder = checkpoint.save(state, run_dir, length.steps, config.train.save_total_limit, context)
         log.line(f"saved {folder}")
 
     def held_out_metrics() -> None:
         if held_out is not None:
             log.step({"step": state.step, **_prefixed(run_evaluation(state, held_out, reference, config, context))})
 
+    if state.step >= length.steps:
+        log.line(f"step {state.step} of {length.steps}: this run has reached its end")
+        return True
     stopping = False
     while state.step < length.steps and not stopping:
         started = time.monotonic()

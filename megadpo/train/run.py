@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +23,19 @@ from megadpo.data.batch import stream_tokens
 from megadpo.data.prepare import prepare_or_wait
 from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream, choose_budget
-from megadpo.errors import ConfigError, MachineError
+from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
+from megadpo.errors import ConfigError, StorageError
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
-from megadpo.observe.log import RunLog
+from megadpo.observe.log import RunLog, write_run_files
+from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
 from megadpo.train import identity
-from megadpo.train.loop import Scored, fit, groups_per_pass, held_out_record, run_length
+from megadpo.train.evaluate import evaluate
+from megadpo.train.loop import Scored, fit, groups_per_pass, run_length
 from megadpo.train.optimizer import build_optimizer, wrap
 from megadpo.train.score import check_column, reference_digest, score_groups
 from megadpo.train.state import TrainState
@@ -52,21 +57,25 @@ class Inputs:
 
 def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
-    inputs = read_inputs(config, rank)
-    run_dir = Path(config.run_dir)
-    if rank.rank == 0:
-        identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
+    run_dir = Path(config.run_dir).expanduser()
     with StopSignal() as stop:
+        inputs = read_inputs(config, rank)
+        length = run_length(config, len(inputs.train))
+        if rank.rank == 0:
+            identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
+            check_export_target(config)
+            write_run_files(run_dir, config)
         device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-        with grid(config.parallel, device, config.seed) as context:
-            length = run_length(config, len(inputs.train))
-            with RunLog(run_dir, length.steps, config, enabled=context.is_first) as log:
-                finished = _train(config, inputs, context, log, stop)
+        with (
+            grid(config.parallel, device, config.seed) as context,
+            RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
+        ):
+            finished = _train(config, inputs, context, log, stop)
         dist.destroy_process_group()
         if not finished:
             return stop.exit_code
-        if rank.rank == 0 and config.export.enabled:
-            _export(config, run_dir)
+    if rank.rank == 0 and config.export.enabled:
+        export(config, run_dir)
     return 0
 
 
@@ -82,10 +91,14 @@ def read_inputs(config: Config, rank: Rank) -> Inputs:
         num_layers=shape.num_layers,
         ffn_hidden_size=shape.ffn_hidden_size,
         world_size=rank.world_size,
+        kv_channels=shape.kv_channels,
     )
     if problems:
         raise ConfigError("\n".join(problems))
     if rank.rank == 0:
+        check_vocabulary(
+            load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template), shape.vocab_size
+        )
         check_hf(shape, config.model.path)
         if config.reference.path and config.objective.needs_reference:
             check_hf(reference_shape, config.reference.path)
@@ -111,9 +124,10 @@ def _train(
             reference = _reference_model(config, inputs, context)
         else:
             train, held_out = _with_columns(config, inputs, train, held_out, policy, context, log)
+            assert train is not None
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
-    newest = checkpoint.latest(Path(config.run_dir))
+    newest = checkpoint.latest(Path(config.run_dir).expanduser())
     if newest is not None:
         checkpoint.load(state, newest)
         log.line(f"going on from {newest}")
@@ -157,19 +171,20 @@ def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -
 def _with_columns(
     config: Config,
     inputs: Inputs,
-    train: Scored,
+    train: Scored | None,
     held_out: Scored | None,
     policy: list[Policy],
     context: ParallelContext,
     log: RunLog,
-) -> tuple[Scored, Scored | None]:
+) -> tuple[Scored | None, Scored | None]:
     """The reference's log-probabilities: read where they are known (and checked), computed where not.
 
     The policy has its initial weights here, so it serves as its own reference where no other is named.
     """
     chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
     weights = weights_digest(config.reference.path or config.model.path)
-    train = _scored(config, train.stream, chunks, weights, context, log)
+    if train is not None:
+        train = _scored(config, train.stream, chunks, weights, context, log)
     if held_out is not None:
         held_out = _scored(config, held_out.stream, chunks, weights, context, log)
     del chunks
@@ -229,20 +244,79 @@ def _banner(config: Config, inputs: Inputs, train: Scored, context: ParallelCont
     ]
 
 
-def _export(config: Config, run_dir: Path) -> None:
+def export_target(config: Config) -> Path:
+    return Path(config.export.path or Path(config.run_dir) / "export").expanduser()
+
+
+def check_export_target(config: Config) -> None:
+    """Before any time is spent: the folder to export to must be free, unless this run has already filled it."""
+    target = export_target(config)
+    if config.export.enabled and target.is_dir() and any(target.iterdir()):
+        newest = checkpoint.latest(Path(config.run_dir).expanduser())
+        if newest is None or config.export.path:
+            raise StorageError(
+                f"export.path = {target}: is not empty; give a new folder, empty it, or set export.enabled: false"
+            )
+
+
+def export(config: Config, run_dir: Path) -> None:
+    """Write the newest checkpoint as a Hugging Face folder. One process, after the grid is gone: nobody waits in a
+    collective for a disk. The run's own older export is replaced once the new one is whole."""
     newest = checkpoint.latest(run_dir)
     assert newest is not None
-    out = Path(config.export.path) if config.export.path else run_dir / "export"
-    export_hf(
-        newest,
-        Path(config.model.path),
-        out,
-        config.export.dtype,
-        int(config.export.max_shard_size_gb * 1e9),
-        None,
-    )
+    target = export_target(config)
+    fresh = target.with_name(target.name + ".new")
+    screen = Screen(Terminal(sys.__stdout__))
+    with screen.task("export", None) as task:
+        shutil.rmtree(fresh, ignore_errors=True)
+        export_hf(
+            newest,
+            Path(config.model.path).expanduser(),
+            fresh,
+            config.export.dtype,
+            int(config.export.max_shard_size_gb * 1e9),
+            lambda done, total: task.to(done),
+        )
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.replace(target)
+    screen.line(f"exported to {target}")
 
 
 def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:
-    """Held-out metrics of a checkpoint (the run folder's newest where None; the model's folder where there is none)."""
-    raise MachineError("not here yet")
+    """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself."""
+    if not config.data.eval:
+        raise ConfigError("data.eval is not given: name the held-out data in the run file or as data.eval=FILE")
+    inputs = read_inputs(config, rank)
+    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    run_dir = Path(config.run_dir).expanduser()
+    with (
+        grid(config.parallel, device, config.seed) as context,
+        RunLog(run_dir, 0, config, enabled=context.is_first) as log,
+    ):
+        train, held_out = _streams(config, inputs, context)
+        assert held_out is not None
+        policy = _load(config, inputs.shape, config.model.path, context)
+        reference = None
+        if config.objective.needs_reference:
+            if config.reference.mode == "resident":
+                reference = _reference_model(config, inputs, context)
+            else:
+                held_out = _with_columns(config, inputs, None, held_out, policy, context, log)[1]
+                assert held_out is not None
+        folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
+        step = checkpoint.load_weights(policy, folder).step if folder else 0
+        sums = evaluate(
+            policy,
+            held_out.stream,
+            config.objective,
+            held_out.column,
+            reference,
+            groups_per_pass(config),
+            context,
+        )
+        log.line(f"{folder or config.model.path} (step {step}) on {', '.join(config.data.eval)}, {sums.groups} groups")
+        log.line(f"  eval_loss {sums.loss:.6f}")
+        for name, value in sums.metrics.items():
+            log.line(f"  eval_{name} {value:.6f}")
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,230 @@
+"""Rules of a run file beyond the types of its settings, and the fit of a grid to a model and a machine.
+
+Every function returns lines that say what was given, what is allowed and what to do; none means all is well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megadpo.config import Config, ParallelConfig
+
+LARGEST_SEED = 2**32 - 1
+
+
+def problems(config: Config) -> list[str]:
+    """What is wrong with the settings, as far as the run file alone can tell."""
+    return [
+        *_sizes(config),
+        *_ranges(config),
+        *_paths(config),
+        *_combinations(config),
+        *config.objective.problems(),
+    ]
+
+
+def _sizes(config: Config) -> list[str]:
+    """Counts with a smallest value; None is no count."""
+    grid, data, batch, train = config.parallel, config.data, config.batch, config.train
+    counts = [
+        ("parallel.tensor_model_parallel_size", grid.tensor_model_parallel_size, 1),
+        ("parallel.pipeline_model_parallel_size", grid.pipeline_model_parallel_size, 1),
+        ("parallel.data_parallel_size", grid.data_parallel_size, 1),
+        ("data.max_length", data.max_length, 2),
+        ("data.num_proc", data.num_proc, 1),
+        ("batch.global_batch_size", batch.global_batch_size, 1),
+        ("batch.micro_batch_size", batch.micro_batch_size, 1),
+        ("batch.micro_batch_tokens", batch.micro_batch_tokens, 1),
+        ("optimizer.warmup_steps", config.optimizer.warmup_steps, 0),
+        ("train.num_train_epochs", train.num_train_epochs, 1),
+        ("train.max_steps", train.max_steps, 1),
+        ("train.eval_steps", train.eval_steps, 0),
+        ("train.save_steps", train.save_steps, 0),
+        ("train.save_total_limit", train.save_total_limit, 1),
+        ("reference.check_groups", config.reference.check_groups, 0),
+        ("seed", config.seed, 0),
+    ]
+    found = [
+        f"{name} = {count}: must be at least {least}"
+        for name, count, least in counts
+        if count is not None and count < least
+    ]
+    if config.seed > LARGEST_SEED:
+        found.append(f"seed = {config.seed}: must be at most {LARGEST_SEED}")
+    return found
+
+
+def _ranges(config: Config) -> list[str]:
+    """Numbers with a range."""
+    optimizer = config.optimizer
+    checks = [
+        ("learning_rate", optimizer.learning_rate > 0, "over 0; 5e-7 is usual for DPO"),
+        ("warmup_ratio", 0 <= optimizer.warmup_ratio <= 1, "in [0, 1]; it is a fraction of all steps"),
+        ("min_lr_ratio", 0 <= optimizer.min_lr_ratio <= 1, "in [0, 1]; it is a fraction of learning_rate"),
+        ("adam_beta1", 0 <= optimizer.adam_beta1 < 1, "in [0, 1)"),
+        ("adam_beta2", 0 <= optimizer.adam_beta2 < 1, "in [0, 1)"),
+        ("adam_epsilon", optimizer.adam_epsilon > 0, "over 0; 1e-8 is usual"),
+        ("weight_decay", optimizer.weight_decay >= 0, "at least 0"),
+        ("max_grad_norm", optimizer.max_grad_norm >= 0, "at least 0; 0 switches clipping off"),
+    ]
+    found = [
+        f"optimizer.{name} = {getattr(optimizer, name)}: must be {allowed}"
+        for name, good, allowed in checks
+        if not good
+    ]
+    if not config.export.max_shard_size_gb > 0:
+        found.append(
+            f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual"
+        )
+    return found
+
+
+def _paths(config: Config) -> list[str]:
+    """Paths that are empty, and outputs that would fall on an input."""
+    given = {
+        "run_dir": config.run_dir,
+        "model.path": config.model.path,
+        "reference.path": config.reference.path,
+        "data.tokenizer": config.data.tokenizer,
+        "data.chat_template": config.data.chat_template,
+        "data.cache_dir": config.data.cache_dir,
+        "export.path": config.export.path,
+    }
+    found = [
+        f'{name} = "": must be a path'
+        for name, path in given.items()
+        if path is not None and not path.strip()
+    ]
+    if not config.data.train:
+        found.append("data.train = []: must name at least one file, folder or Hub id")
+    for name, entries in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if any(not entry.strip() for entry in entries):
+            found.append(f'{name} has an empty entry: must be files, folders or Hub ids; delete ""')
+    inputs = {name: given[name] for name in ("model.path", "reference.path") if given[name]}
+    for output in ("run_dir", "export.path"):
+        for name, path in inputs.items():
+            if given[output] and _same(given[output], path):
+                found.append(
+                    f"{output} = {given[output]}: is also {name} and would overwrite it; give another folder"
+                )
+    return found
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    return Path(one or "").expanduser().resolve() == Path(other or "").expanduser().resolve()
+
+
+def _combinations(config: Config) -> list[str]:
+    """Settings that need or exclude each other."""
+    grid, train, batch = config.parallel, config.train, config.batch
+    tensor, virtual = grid.tensor_model_parallel_size, grid.virtual_pipeline_model_parallel_size
+    found = []
+    if virtual is not None and virtual < 2:
+        found.append(
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: must be at least 2; leave it out "
+            "for one model chunk per pipeline rank"
+        )
+    elif virtual is not None and grid.pipeline_model_parallel_size < 2:
+        found.append(
+            f"parallel.virtual_pipeline_model_parallel_size = {virtual}: needs "
+            "parallel.pipeline_model_parallel_size of at least 2; raise that or leave this out"
+        )
+    if grid.sequence_parallel and tensor == 1:
+        found.append(
+            "parallel.sequence_parallel = true: needs parallel.tensor_model_parallel_size of at least 2; "
+            "raise that or leave this out"
+        )
+    if grid.overlap_param_gather and not (grid.use_distributed_optimizer and grid.overlap_grad_reduce):
+        found.append(
+            "parallel.overlap_param_gather = true: needs parallel.use_distributed_optimizer = true and "
+            "parallel.overlap_grad_reduce = true; set both or leave this out"
+        )
+    if grid.sequence_parallel and tensor > 1 and (batch.micro_batch_tokens or 0) % tensor:
+        found.append(
+            f"batch.micro_batch_tokens = {batch.micro_batch_tokens}: must be a multiple of "
+            f"parallel.tensor_model_parallel_size ({tensor}) under parallel.sequence_parallel"
+        )
+    if train.eval_steps > 0 and not config.data.eval:
+        found.append(
+            f"train.eval_steps = {train.eval_steps}: needs data.eval; give held-out data or set it to 0"
+        )
+    if 0 < (train.max_steps or 0) < (config.optimizer.warmup_steps or 0):
+        found.append(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: must be at most train.max_steps "
+            f"({train.max_steps}), else the learning rate never gets to its peak"
+        )
+    if config.log.wandb_mode == "offline" and config.log.wandb_project is None:
+        found.append(
+            "log.wandb_mode = offline: does nothing without log.wandb_project; name a project or leave it out"
+        )
+    return found
+
+
+def check_grid(
+    config: Config,
+    num_attention_heads: int,
+    num_query_groups: int,
+    num_layers: int,
+    ffn_hidden_size: int,
+    world_size: int | None,
+    kv_channels: int | None = None,
+) -> list[str]:
+    """What Megatron-Core needs of a model's sizes on this grid; of the world too, where its size is known."""
+    tensor = config.parallel.tensor_model_parallel_size
+    pipeline = config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.virtual_pipeline_model_parallel_size or 1
+    given = f"parallel.tensor_model_parallel_size = {tensor}"
+    fitting = [
+        size
+        for size in range(1, num_attention_heads + 1)
+        if not _tensor_misfits(size, num_attention_heads, num_query_groups, ffn_hidden_size, kv_channels)
+    ]
+    misfits = _tensor_misfits(tensor, num_attention_heads, num_query_groups, ffn_hidden_size, kv_channels)
+    found = []
+    if misfits:
+        found.append(
+            f"{given}: must divide {' and '.join(misfits)}; sizes that fit this model: "
+            f"{', '.join(map(str, fitting))}"
+        )
+    if pipeline * virtual > num_layers:
+        chunks = f" x virtual_pipeline_model_parallel_size = {virtual}" if virtual > 1 else ""
+        found.append(
+            f"parallel.pipeline_model_parallel_size = {pipeline}{chunks}: {pipeline * virtual} stages for "
+            f"{num_layers} layers; every stage needs at least one: ask for at most {num_layers} stages"
+        )
+    return found + (check_world(config.parallel, world_size) if world_size is not None else [])
+
+
+def _tensor_misfits(size: int, heads: int, groups: int, ffn: int, channels: int | None) -> list[str]:
+    """What of the model Megatron-Core cannot split over `size` tensor-parallel ranks."""
+    found = []
+    if heads % size:
+        found.append(f"its {heads} attention heads")
+    if groups % size and size % groups:
+        found.append(f"its {groups} key-value heads (or be a multiple of them)")
+    if ffn % size:
+        found.append(f"its MLP size of {ffn}")
+    # With fewer key-value heads than ranks the joint q, k, v projection is still cut into equal parts.
+    if not found and channels is not None and (heads + 2 * groups) * channels % size:
+        found.append(f"the {(heads + 2 * groups) * channels} rows of its joint q, k, v projection")
+    return found
+
+
+def check_world(parallel: ParallelConfig, world_size: int) -> list[str]:
+    """Whether so many processes can carry the grid."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    data = parallel.data_parallel_size
+    model = tensor * pipeline
+    grid = f"tensor {tensor} x pipeline {pipeline}"
+    if data is not None and model * data != world_size:
+        return [
+            f"the grid is {grid} x data {data} = {model * data} processes and {world_size} were started; "
+            f"start {model * data}, or leave parallel.data_parallel_size out"
+        ]
+    if world_size % model:
+        return [
+            f"the grid is {grid} = {model} processes for one replica and {world_size} were started; start a "
+            f"multiple of {model}, or change parallel.tensor_model_parallel_size or "
+            "parallel.pipeline_model_parallel_size"
+        ]
+    return []

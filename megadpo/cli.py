@@ -1,0 +1,232 @@
+"""The command line. What a command needs is imported when it runs, so that help and mistakes come at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from megadpo.errors import CheckpointError, DataError, MegadpoError
+from megadpo.observe.quiet import quiet
+from megadpo.parallel.ranks import Rank, joined
+
+if TYPE_CHECKING:
+    from megadpo.config import Config
+    from megadpo.launch import Job
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line get one line, as all others do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"megadpo: error: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. A mistake of the user becomes one line on standard error."""
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    # argparse takes the overrides only up to the first option after them.
+    dashed = [other for other in others if other.startswith("-")]
+    if dashed:
+        parser.error(f"unknown option {dashed[0]}; settings are given as key=value, without dashes")
+    if others and not hasattr(options, "overrides"):
+        parser.error(f"unexpected {others[0]!r}")
+    if others:
+        options.overrides = [*options.overrides, *others]
+    try:
+        with quiet():
+            code: int = options.command(options)
+            return code
+    except MegadpoError as error:
+        if _speaks():
+            _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="megadpo", description="Preference training of language models on Megatron-Core.")
+    parser.add_argument("--version", action="version", version=f"megadpo {version('megadpo')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: object, text: str, run_file: bool = True) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        if run_file:
+            added.add_argument("run_file", metavar="run.yaml", help="the run file")
+            added.add_argument(
+                "overrides",
+                nargs="*",
+                default=[],
+                metavar="key=value",
+                help="settings that replace those of the run file",
+            )
+        return added
+
+    add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
+    add("prepare", _prepare, "Read and tokenise the data ahead of the run.")
+    evaluate = add("eval", _eval, "Held-out metrics of a checkpoint.")
+    evaluate.add_argument(
+        "--checkpoint", metavar="DIR", help="the run folder's newest, or the model itself, where not given"
+    )
+    inspect = add("inspect", _inspect, "Print the tokens of one group, the scored ones marked.")
+    inspect.add_argument("--group", type=int, default=0, metavar="N", help="its number, from 0")
+    inspect.add_argument("--eval", action="store_true", help="of data.eval, not of data.train")
+    inspect.add_argument("--ids", action="store_true", help="print token ids too")
+    export = add(
+        "export", _export, "Write a run's newest checkpoint as a Hugging Face folder.", run_file=False
+    )
+    export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
+    export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
+    return parser
+
+
+# ---- commands
+
+
+def _train(options: argparse.Namespace) -> int:
+    return _start(_config(options), _train_rank)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    return _start(_config(options), partial(_evaluate_rank, options.checkpoint))
+
+
+def _train_rank(config: Config, rank: Rank) -> int:
+    from megadpo.train.run import run_training
+
+    return run_training(config, rank)
+
+
+def _evaluate_rank(checkpoint: str | None, config: Config, rank: Rank) -> int:
+    from megadpo.train.run import run_evaluation
+
+    return run_evaluation(config, checkpoint, rank)
+
+
+def _start(config: Config, job: Job) -> int:
+    from megadpo.launch import RankFailedError, start
+    from megadpo.observe.trackers import check_trackers
+
+    check_trackers(config.log)
+    try:
+        return start(config, job, preload=_import_training)
+    except MegadpoError as error:
+        _complain(str(error))
+        return error.exit_code
+    except RankFailedError as error:
+        if str(error):
+            print(error.traceback, file=sys.stderr, end="")
+            _complain(str(error))
+        return error.exit_code
+
+
+def _import_training() -> None:
+    import megadpo.train.run  # noqa: F401
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from megadpo.data.prepare import prepare
+    from megadpo.observe.progress import Screen, Terminal
+
+    config = _config(options)
+    screen = Screen(Terminal())
+    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if sources:
+            with screen.task(f"{name}: rows", None) as task:
+                store = prepare(sources, config.data, config.model.path, config.objective.responses, task.to)
+            screen.line(f"{name}: {store.folder}")
+            for line in store.report.lines():
+                screen.line(f"  {line}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from megadpo.data.prepare import prepare
+    from megadpo.data.tokenizer import load_tokenizer
+    from megadpo.observe.progress import Terminal
+    from megadpo.observe.tokens import group_text
+
+    config = _config(options)
+    name, sources = ("data.eval", config.data.eval) if options.eval else ("data.train", config.data.train)
+    if not sources:
+        raise DataError(f"{name} is not given in the run file; name files there, or leave --eval out")
+    store = prepare(sources, config.data, config.model.path, config.objective.responses)
+    if not 0 <= options.group < len(store):
+        raise DataError(f"--group {options.group}: {name} has the groups 0 to {len(store) - 1}")
+    group = store.group(options.group)
+    tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
+    title = f"group {options.group} of {len(store)}: {group.origin}"
+    prompt, responses = group.prompt_ids.tolist(), [ids.tolist() for ids in group.response_ids]
+    text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids)
+    Terminal().print(text, soft_wrap=True)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megadpo.decode import load_config
+
+    run_dir = Path(options.run_dir).expanduser()
+    if not (run_dir / "run.yaml").is_file():
+        raise CheckpointError(f"{run_dir}: has no run.yaml; give the run_dir of a training run")
+    config = load_config(run_dir / "run.yaml", [])
+
+    from megadpo.checkpoint.folder import latest
+    from megadpo.convert.exporter import export_hf
+    from megadpo.observe.progress import Screen, Terminal
+
+    checkpoint = Path(options.checkpoint).expanduser() if options.checkpoint else latest(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")
+    out = Path(options.out_dir).expanduser()
+    source, shard_bytes = Path(config.model.path).expanduser(), int(config.export.max_shard_size_gb * 1e9)
+    screen = Screen(Terminal())
+    with screen.task("export: bytes", None) as task:
+        export_hf(
+            checkpoint, source, out, config.export.dtype, shard_bytes, lambda done, total: task.to(done)
+        )
+    screen.line(f"{checkpoint} exported to {out}")
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from megadpo.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+# ---- words
+
+
+def _config(options: argparse.Namespace) -> Config:
+    from megadpo.decode import load_config
+
+    return load_config(options.run_file, options.overrides)
+
+
+def _complain(text: str) -> None:
+    print(f"megadpo: error: {text}", file=sys.stderr)
+
+
+def _speaks() -> bool:
+    """Whether to tell of a mistake that every rank meets: under torchrun and SLURM, one on each machine."""
+    try:
+        rank = joined(os.environ)
+    except MegadpoError:
+        return True
+    return rank is None or rank.local_rank == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

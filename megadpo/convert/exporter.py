@@ -1,0 +1,262 @@
+"""From a torch_dist checkpoint to a Hugging Face folder: offline, one process, no model, no Megatron-Core, no
+GPU.
+
+The family's table says what must come out; the checkpoint is searched for each Megatron tensor in every way
+that Megatron-Core stores it. One tensor is in memory at a time, whatever the size of the model and of the
+files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megadpo.convert.config_json import ConfigJson
+from megadpo.convert.families import megatron_tensors, read_shape
+from megadpo.convert.hf_files import INDEX, WHOLE, all_finite, by, some
+from megadpo.convert.shape import ModelShape
+from megadpo.convert.tables import MegatronTensor, hf_shapes
+from megadpo.convert.torch_dist import TorchDist
+from megadpo.errors import CheckpointError, StorageError
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+COPIED = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model*", "*.tiktoken", "tekken.json"),
+    *("chat_template.*", "additional_chat_templates/*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+"""Copied byte for byte, never saved anew: what one version of transformers writes another may not read."""
+MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""How the keys of the model's own tensors begin; the rest of a checkpoint is the optimizer's and the
+trainer's.
+"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one Megatron tensor lies in the checkpoint: a box of a stored tensor."""
+
+    tensor: MegatronTensor
+    key: str
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        return prod(self.tensor.shape)
+
+
+def export_hf(
+    checkpoint_dir: str | Path,
+    source_folder: str | Path,
+    out_dir: str | Path,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write `out_dir`: safetensors of at most `max_shard_bytes` (one tensor, or one layer's q, k, v, may be
+    larger) with their index, and config.json, tokenizer and templates of the model that the run started
+    from.
+
+    dtype: of the written weights; the source's config.json decides where not given, the checkpoint where that
+    is silent.
+    progress: called with (bytes written, bytes in all) after every tensor.
+    Nothing appears under `out_dir` before all is written. ModelError: the source folder; CheckpointError: the
+    checkpoint is incomplete, damaged or another model's, or has NaN or Inf; StorageError: `out_dir` is not
+    empty, too little space.
+    """
+    source, out = Path(source_folder).expanduser(), Path(out_dir).expanduser().resolve()
+    shape, config = read_shape(source), ConfigJson(source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StorageError(
+            f"{out} exists and is not an empty folder: give a new path for the export, or empty it"
+        )
+    checkpoint = TorchDist(checkpoint_dir)
+    sources = find(checkpoint, shape, source)
+    name = dtype or _dtype_of(config, checkpoint.dtype(sources[0].key))
+    shards = _shards(sources, DTYPES[name].itemsize, max_shard_bytes)
+    copies = sorted(file for pattern in COPIED for file in source.glob(pattern) if file.is_file())
+    total = sum(x.values for x in sources) * DTYPES[name].itemsize
+    _check_space(out, total + sum(file.stat().st_size for file in copies))
+    partial = out.with_name(out.name + ".partial")
+    report = _adding(progress, total)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # an export that was killed
+        partial.mkdir(parents=True)
+        for file in copies:
+            target = partial / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+        for title, shard in shards.items():
+            _write_shard(partial / title, shard, DTYPES[name], checkpoint, report)
+        if len(shards) > 1:
+            _write_index(partial / INDEX, shards, total)
+        _write_config(partial / "config.json", config, name)
+        os.replace(partial, out)
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or out}: {error.strerror}; the export was not written"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]:
+    """Every Megatron tensor of the model in the checkpoint, in the order of the network; all that is wrong at
+    once.
+    """
+    found, missing, misshapen, used = [], [], [], set()
+    for tensor in megatron_tensors(shape).values():
+        place = next((x for x in _spellings(tensor.key) if x[0] in checkpoint.tensors), None)
+        if place is None:
+            missing.append(tensor.key)
+            continue
+        key, layer, half = place
+        used.add(key)
+        stored = checkpoint.shape(key)
+        rows = stored[len(layer)] // (1 if half is None else 2)
+        fits = stored[len(layer) + 1 :] == tensor.shape[1:] and (
+            rows == tensor.shape[0] or (tensor.padded and rows > tensor.shape[0])
+        )
+        if not fits or (layer and stored[0] != shape.num_layers):
+            misshapen.append(f"{key} ({by(stored)})")
+            continue
+        start = (*layer, (half or 0) * rows, *(0 for _ in tensor.shape[1:]))
+        found.append(Source(tensor, key, start, (*(1 for _ in layer), *tensor.shape)))
+    extra = [key for key in checkpoint.tensors if key.startswith(MODEL_KEYS) and key not in used]
+    problems = (
+        some("missing: ", missing),
+        some("of another shape: ", list(dict.fromkeys(misshapen))),
+        some("not part of that model: ", sorted(extra)),
+    )
+    if any(problems):
+        wrong = "; ".join(x for x in problems if x)
+        raise CheckpointError(f"{checkpoint.folder} does not fit the model in {source}: {wrong}")
+    return found
+
+
+def _spellings(key: str) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
+    """(stored key, layer number where layers are stacked in front, 0 gate or 1 up where the two are stored as
+    one).
+    """
+    names: list[tuple[str, tuple[int, ...]]] = [(key, ())]
+    if layered := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", key):
+        names.append((layered[1] + layered[3], (int(layered[2]),)))
+    for name, layer in names:
+        yield name, layer, None
+        if name.endswith(("_w", "_v")):
+            yield name[:-2], layer, "wv".index(name[-1])
+
+
+def _dtype_of(config: ConfigJson, stored: torch.dtype) -> str:
+    for field in ("dtype", "torch_dtype"):
+        config.require(field, *DTYPES)
+        if config.get(field):
+            return config.get(field)
+    return next((name for name, dtype in DTYPES.items() if dtype == stored), "bfloat16")
+
+
+def _shards(sources: Sequence[Source], item_bytes: int, limit: int) -> dict[str, list[Source]]:
+    """Files by name. What Megatron keeps as one tensor stays in one file."""
+    files: list[list[Source]] = [[]]
+    size = 0
+    for source in sources:
+        count = source.values * item_bytes
+        if files[-1] and size + count > limit:
+            files.append([])
+            size = 0
+        files[-1].append(source)
+        size += count
+    if len(files) == 1:
+        return {WHOLE: files[0]}
+    return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+
+def _check_space(out: Path, needed: int) -> None:
+    folder = next(x for x in (out, *out.parents) if x.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"{out}: the export needs {needed} bytes, {free} are free there; give another path"
+        )
+
+
+def _adding(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    counts = [0]
+
+    def report(count: int) -> None:
+        counts[0] += count
+        if progress:
+            progress(counts[0], total)
+
+    return report
+
+
+def _write_shard(
+    path: Path,
+    sources: list[Source],
+    dtype: torch.dtype,
+    checkpoint: TorchDist,
+    report: Callable[[int], None],
+) -> None:
+    """One safetensors file, written tensor by tensor: https://huggingface.co/docs/safetensors (format)."""
+    shapes = {name: dims for source in sources for name, dims in hf_shapes(source.tensor).items()}
+    ends = list(accumulate(prod(dims) * dtype.itemsize for dims in shapes.values()))
+    header: dict = {"__metadata__": {"format": "pt"}}
+    for (name, dims), start, end in zip(shapes.items(), [0, *ends], ends, strict=False):
+        header[name] = {"dtype": CODES[dtype], "shape": dims, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for source in sources:
+            for tensor in _hf_tensors(source, dtype, checkpoint):
+                file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                report(tensor.nbytes)
+
+
+def _hf_tensors(source: Source, dtype: torch.dtype, checkpoint: TorchDist) -> Iterator[Tensor]:
+    """The Hugging Face tensors of one Megatron tensor, contiguous, in the order of `hf_shapes`."""
+    whole = checkpoint.read(source.key, source.start, source.size).view(source.tensor.shape)
+    for name, dims in hf_shapes(source.tensor).items():
+        values, at = torch.empty(dims, dtype=dtype), 0
+        for rows in source.tensor.rows:
+            if rows.name == name:
+                values[rows.start : rows.start + rows.count] = whole[at : at + rows.count]
+            at += rows.count
+        if not all_finite(values):
+            reason = (
+                "" if not all_finite(whole) else f" as {CODES[dtype]}, whose range is too small; use bfloat16"
+            )
+            raise CheckpointError(f"{checkpoint.folder}: {name} has NaN or Inf{reason}; nothing was exported")
+        yield values
+
+
+def _write_index(path: Path, shards: dict[str, list[Source]], total: int) -> None:
+    where = {name: title for title, shard in shards.items() for x in shard for name in hf_shapes(x.tensor)}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(path: Path, config: ConfigJson, dtype: str) -> None:
+    """The source's config.json; byte for byte, unless it says another dtype than what was written."""
+    spelled = [field for field in ("dtype", "torch_dtype") if config.get(field)] or ["torch_dtype"]
+    if all(config.get(field) == dtype for field in spelled):
+        shutil.copyfile(config.path, path)
+        return
+    changed = config.values | dict.fromkeys(spelled, dtype)
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

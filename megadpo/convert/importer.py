@@ -1,0 +1,134 @@
+"""From a Hugging Face folder into this rank's parameters, reading only the slices that the rank owns.
+
+There is no collective and no whole model in memory: Megatron-Core's sharded_state_dict says which rows and
+columns of which tensor every local parameter is, the family's table says which rows of which file those are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadpo.convert.families import family_of, megatron_tensors
+from megadpo.convert.hf_files import HFFiles, all_finite
+from megadpo.convert.shape import ModelShape
+from megadpo.convert.tables import MegatronTensor, hf_shapes
+from megadpo.errors import ModelError
+
+
+def check_hf(shape: ModelShape, folder: str | Path) -> None:
+    """Everything that can be wrong with a folder's files except NaN, from their headers alone.
+
+    For one process, before any rank starts. ModelError lists what is missing, extra, misshapen or of a wrong
+    dtype, or names the file that is missing, cut off or damaged.
+    """
+    files = HFFiles(folder)
+    wanted = _hf_shapes(megatron_tensors(shape))
+    files.check_duplicates()
+    files.check(wanted, wanted, _ignored(shape))
+
+
+@torch.no_grad()
+def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) -> None:
+    """Fill every parameter of this rank's GPTModel chunks in place, converted to the parameter's dtype.
+
+    Rows that pad the vocabulary become 0. Tied models: the copy on the last pipeline stage is read from the
+    embedding. ModelError as `check_hf` (names over the whole folder, shapes and dtypes of what this rank
+    reads), and for NaN or Inf in a weight; parameters may then be half filled.
+    """
+    files, tensors = HFFiles(folder), megatron_tensors(shape)
+    pieces = [piece for chunk in model_chunks for piece in _pieces(chunk)]
+    unknown = sorted({piece.key for piece in pieces} - tensors.keys())
+    if unknown:
+        raise KeyError(f"the table of family {shape.family} has no row for the parameters {unknown}")
+    for piece in pieces:
+        _same_size(piece, tensors[piece.key])
+    mine = _hf_shapes({piece.key: tensors[piece.key] for piece in pieces})
+    files.check(_hf_shapes(tensors), mine, _ignored(shape))
+    for piece in pieces:
+        _fill(piece, tensors[piece.key], files)
+        _compare_tied(piece, tensors[piece.key], files, shape)
+    filled = sum(piece.data.numel() for piece in pieces)
+    owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
+    if filled != owned:
+        raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
+
+
+def _hf_shapes(tensors: dict[str, MegatronTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: dims for tensor in tensors.values() for name, dims in hf_shapes(tensor).items()}
+
+
+def _ignored(shape: ModelShape) -> str:
+    family = family_of(shape)
+    return f"{family.ignored}|{re.escape(family.output)}" if shape.tied else family.ignored
+
+
+def _pieces(chunk: Any) -> Iterator[Any]:
+    """This chunk's parameters as Megatron-Core's ShardedTensor: key, place in the whole tensor, view of the
+    data.
+    """
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for entry in chunk.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
+        if isinstance(entry, ShardedTensorFactory):  # a gated fc1: gate and up apart
+            yield from entry.build()
+        elif isinstance(entry, ShardedTensor):
+            yield entry
+
+
+def _same_size(piece: Any, tensor: MegatronTensor) -> None:
+    whole, expected = tuple(piece.global_shape), tensor.shape
+    if whole[1:] != expected[1:] or whole[0] < expected[0] or (whole[0] > expected[0] and not tensor.padded):
+        raise ValueError(f"{piece.key} was built as {whole}, its table says {expected}")
+
+
+def _sources(piece: Any, tensor: MegatronTensor) -> Iterator[tuple[slice, str, tuple[slice, ...]]]:
+    """(rows of the piece, HF name, part of that tensor) for everything that the piece is made of."""
+    first, count = piece.global_offset[0], piece.local_shape[0]
+    others = tuple(
+        slice(start, start + size)
+        for start, size in zip(piece.global_offset[1:], piece.local_shape[1:], strict=True)
+    )
+    at = 0
+    for rows in tensor.rows:
+        begin, end = max(first, at), min(first + count, at + rows.count)
+        if begin < end:
+            source = slice(rows.start + begin - at, rows.start + end - at)
+            yield slice(begin - first, end - first), rows.name, (source, *others)
+        at += rows.count
+
+
+def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
+    if tensor.padded:
+        piece.data[max(tensor.shape[0] - piece.global_offset[0], 0) :] = 0
+    for place, name, part in _sources(piece, tensor):
+        values = files.slice(name)[part]
+        if not all_finite(values):
+            raise ModelError(
+                f"{files.folder}: {name} has NaN or Inf: the weights are damaged; get or make them again"
+            )
+        piece.data[place].copy_(values)
+
+
+def _compare_tied(piece: Any, tensor: MegatronTensor, files: HFFiles, shape: ModelShape) -> None:
+    """A tied folder that holds an output layer all the same: it must be the embedding, or one of them would
+    be lost.
+    """
+    family = family_of(shape)
+    if not shape.tied or family.output not in files.where:
+        return
+    for _, name, part in _sources(piece, tensor):
+        if name == family.embedding and not _equal(files, name, family.output, part):
+            raise ModelError(
+                f"{files.folder}: config.json says tie_word_embeddings, but {family.output} differs from "
+                f"{name}; set tie_word_embeddings to false, or remove the one that is not meant"
+            )
+
+
+def _equal(files: HFFiles, one: str, other: str, part: tuple[slice, ...]) -> bool:
+    same = files.stored(one).shape == files.stored(other).shape
+    return same and torch.equal(files.slice(one)[part], files.slice(other)[part])

@@ -1,0 +1,129 @@
+"""What a model family's table is made of: one row per weight, read in both directions. No Megatron here.
+
+Left stands the Megatron-Core checkpoint key, right the Hugging Face name. Nothing else needs saying, because
+Megatron-Core resolves the rest itself: under `sharded_state_dict(metadata={"singleton_local_shards": True})`
+every layer has its number in the key, gate and up projection come apart, the keys are those of Transformer
+Engine layers whichever layers are used, and each piece says which rows and columns of the whole tensor it is.
+The one operation left is the fused query-key-value matrix, whose rows are interleaved per query group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby, product
+
+from megadpo.convert.config_json import ConfigJson
+from megadpo.convert.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of a family's table.
+
+    megatron: checkpoint key; {layer} is the layer's number from 0. Gate is spelled weight_w, up weight_v
+    (bias_*).
+    hf: Hugging Face name; {qkv} stands for the three tensors q, k and v.
+    axes: size of each axis of the Megatron tensor, as letters of `sizes`.
+    when: whether a model of this shape has the weight.
+    """
+
+    megatron: str
+    hf: str
+    axes: str
+    when: Callable[[ModelShape], bool] = lambda shape: True
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how its config.json becomes a shape, and its table."""
+
+    name: str
+    architecture: str
+    """Its entry in config.json's `architectures`."""
+    read_shape: Callable[[ConfigJson], ModelShape]
+    weights: tuple[Weight, ...]
+    ignored: str = ""
+    """Regular expression of names that a folder may hold and that carry nothing trained."""
+    output: str = "lm_head.weight"
+    """The output layer. A tied model is written without it, and where a folder has it, it must equal
+    `embedding`.
+    """
+    embedding: str = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of the Hugging Face tensor `name`, from row `start`."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class MegatronTensor:
+    """A whole Megatron tensor: its rows, in order, as rows of Hugging Face tensors."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Without the padding of the vocabulary."""
+    rows: tuple[Rows, ...]
+    padded: bool
+    """Whether more rows, all 0, may follow: the vocabulary is padded to a multiple of the tensor-parallel
+    size.
+    """
+
+
+def sizes(shape: ModelShape) -> dict[str, int]:
+    """Letters of `Weight.axes`: V vocabulary, D hidden, F MLP, Q all query heads, QKV queries, keys and
+    values.
+    """
+    queries = shape.num_attention_heads * shape.kv_channels
+    keys = shape.num_query_groups * shape.kv_channels
+    return {
+        "V": shape.vocab_size,
+        "D": shape.hidden_size,
+        "F": shape.ffn_hidden_size,
+        "Q": queries,
+        "QKV": queries + 2 * keys,
+    }
+
+
+def expand(weights: tuple[Weight, ...], shape: ModelShape) -> dict[str, MegatronTensor]:
+    """Every Megatron tensor of the model by its key: embedding, layer 0, 1, ..., final norm, output layer."""
+    size = sizes(shape)
+    tensors = {}
+    present = (weight for weight in weights if weight.when(shape))
+    for layered, block in groupby(present, key=lambda weight: "{layer}" in weight.megatron):
+        for layer, weight in product(range(shape.num_layers if layered else 1), tuple(block)):
+            key, name = (x.replace("{layer}", str(layer)) for x in (weight.megatron, weight.hf))
+            axes = weight.axes.split()
+            dims = tuple(size[axis] for axis in axes)
+            rows = _interleaved(name, shape) if "{qkv}" in name else (Rows(name, 0, dims[0]),)
+            tensors[key] = MegatronTensor(key, dims, rows, padded=axes[0] == "V")
+    return tensors
+
+
+def _interleaved(name: str, shape: ModelShape) -> tuple[Rows, ...]:
+    """Megatron's fused rows: per query group its query heads, then its key head, then its value head."""
+    head = shape.kv_channels
+    queries = shape.num_attention_heads // shape.num_query_groups * head
+    q, k, v = (name.replace("{qkv}", x) for x in "qkv")
+    return tuple(
+        rows
+        for group in range(shape.num_query_groups)
+        for rows in (
+            Rows(q, group * queries, queries),
+            Rows(k, group * head, head),
+            Rows(v, group * head, head),
+        )
+    )
+
+
+def hf_shapes(tensor: MegatronTensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors that one Megatron tensor is made of."""
+    heights: dict[str, int] = {}
+    for rows in tensor.rows:
+        heights[rows.name] = max(heights.get(rows.name, 0), rows.start + rows.count)
+    return {name: (height, *tensor.shape[1:]) for name, height in heights.items()}

@@ -1,0 +1,313 @@
+"""The tokenised data set: a folder that every rank maps into memory, and the reference columns beside it.
+
+groups.arrow              one row per group: origin, prompt ids, response ids (Arrow IPC, int32 ids)
+store.json                digest, counts and the report of the preparation; written last
+reference-<digest>.arrow  log-probabilities of every response under one reference model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from megadpo.data.tokenize import TokenizedGroup
+from megadpo.errors import StorageError
+
+LAYOUT = 1
+GROUPS_FILE = "groups.arrow"
+HEADER_FILE = "store.json"
+SCHEMA = pa.schema(
+    [
+        ("origin", pa.string()),
+        ("prompt", pa.list_(pa.int32())),
+        ("responses", pa.list_(pa.list_(pa.int32()))),
+    ]
+)
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What became of the rows. dropped: reason -> groups. examples: reason -> the first few origins.
+
+    truncated: groups cut to max_length. responses_cut: those of them in which a response lost its end.
+    boundary_splits, headers_scored: see tokenize.Tokenized. template: where the chat template came from, or
+    "none".
+    """
+
+    rows_read: int
+    groups: int
+    dropped: dict[str, int]
+    examples: dict[str, list[str]]
+    truncated: int
+    responses_cut: int
+    boundary_splits: int
+    headers_scored: int
+    template: str
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """For the log: one line for what was kept, and one for each thing that the user may want to know."""
+        lines = [f"{self.rows_read} rows read, {self.groups} groups kept, in {self.seconds:.1f} s"]
+        if self.template != "none":
+            lines.append(f"chat template: {self.template}")
+        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
+            named = ", ".join(self.examples[reason])
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            lines.append(f"{count} dropped: {reason} ({named}{more})")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} groups cut to data.max_length, {self.responses_cut} of them at the end of "
+                "a response"
+            )
+        if self.boundary_splits:
+            lines.append(
+                f"{self.boundary_splits} responses tokenised apart from their prompt, as one token would "
+                "have held text of both"
+            )
+        if self.headers_scored:
+            lines.append(
+                f"{self.headers_scored} groups in which the assistant's header counts as response, as the "
+                "chat template writes another one for generation"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One record batch as arrays that point into the file."""
+
+    origins: pa.Array
+    prompt_offsets: Ids
+    prompt_ids: Ids
+    group_offsets: Ids
+    response_offsets: Ids
+    response_ids: Ids
+
+
+class GroupStore:
+    """G groups with S responses in a folder.
+
+    digest: sha256 over the ids of all groups in their order; equal exactly for equal tokens.
+    prompt_lengths: int32 [G]. response_lengths: int32 [S].
+    offsets: int64 [G + 1]; the responses of group g are offsets[g] to offsets[g + 1].
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any], chunks: Sequence[_Chunk]) -> None:
+        self.folder = folder
+        self.digest: str = header["digest"]
+        self.vocab_size: int = header["vocab_size"]
+        self.report = PrepareReport(**header["report"])
+        self._chunks = chunks
+        self._starts = np.cumsum([0] + [len(chunk.origins) for chunk in chunks])
+        self.prompt_lengths = _joined([np.diff(chunk.prompt_offsets) for chunk in chunks], np.int32)
+        self.response_lengths = _joined([np.diff(chunk.response_offsets) for chunk in chunks], np.int32)
+        counts = _joined([np.diff(chunk.group_offsets) for chunk in chunks], np.int64)
+        self.offsets: npt.NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+    @classmethod
+    def open(cls, folder: str | Path) -> GroupStore:
+        """Maps the folder. Raises StorageError where it is not a whole store."""
+        folder = Path(folder)
+        again = "delete the folder and prepare the data again"
+        try:
+            header = json.loads((folder / HEADER_FILE).read_text())
+            size = (folder / GROUPS_FILE).stat().st_size
+            if header["layout"] != LAYOUT:
+                raise StorageError(f"{folder}: a store of layout {header['layout']}, not {LAYOUT}; {again}")
+            if size != header["bytes"]:
+                raise StorageError(
+                    f"{folder / GROUPS_FILE}: {size} bytes, but {header['bytes']} were written; {again}"
+                )
+            reader = pa.ipc.open_file(pa.memory_map(str(folder / GROUPS_FILE)))
+            chunks = [_chunk(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+            return cls(folder, header, chunks)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise StorageError(f"{folder}: not a prepared data set ({error}); {again}") from error
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def group(self, number: int) -> TokenizedGroup:
+        """Group `number`, 0 to G - 1; its ids point into the file and are read-only."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"group {number} of {len(self)}")
+        which = int(np.searchsorted(self._starts, number, side="right")) - 1
+        chunk = self._chunks[which]
+        row = int(number - self._starts[which])
+        first, last = chunk.group_offsets[row], chunk.group_offsets[row + 1]
+        return TokenizedGroup(
+            origin=chunk.origins[row].as_py(),
+            prompt_ids=chunk.prompt_ids[chunk.prompt_offsets[row] : chunk.prompt_offsets[row + 1]],
+            response_ids=tuple(
+                chunk.response_ids[chunk.response_offsets[r] : chunk.response_offsets[r + 1]]
+                for r in range(first, last)
+            ),
+        )
+
+    def key(self, number: int) -> str:
+        """Hash of the ids of group `number`: what it is, wherever it stands."""
+        return group_key(self.group(number))
+
+    def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
+        """Keep the log-probabilities (nats, float32 [S]) of all responses under the reference `digest`."""
+        if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
+            raise ValueError(
+                f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}"
+            )
+        values = np.ascontiguousarray(logps_S)
+        metadata = {"store": self.digest, "reference": digest, "sha256": _sha256(values)}
+        schema = pa.schema([("logp", pa.float32())], metadata=metadata)
+        target = self._reference_file(digest)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with storage_errors(target):
+            try:
+                with temporary.open("wb") as file:
+                    with pa.ipc.new_file(file, schema) as writer:
+                        writer.write(pa.record_batch([pa.array(values)], schema=schema))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def reference(self, digest: str) -> npt.NDArray[np.float32] | None:
+        """float32 [S], or None where no column was written for `digest`. Raises StorageError where the
+        column is damaged or was made for other tokens."""
+        path = self._reference_file(digest)
+        if not path.is_file():
+            return None
+        again = "delete it to compute it again"
+        try:
+            table = pa.ipc.open_file(path.read_bytes()).read_all()
+            values = np.array(table.column("logp").to_numpy(), dtype=np.float32)
+            known = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise StorageError(f"{path}: not a readable reference column ({error}); {again}") from error
+        if known.get("store") != self.digest or known.get("reference") != digest:
+            raise StorageError(f"{path}: the reference column of other data or of another model; {again}")
+        if known.get("sha256") != _sha256(values) or len(values) != len(self.response_lengths):
+            raise StorageError(
+                f"{path}: the reference column is damaged (its checksum does not fit); {again}"
+            )
+        return values
+
+    def _reference_file(self, digest: str) -> Path:
+        if not re.fullmatch(r"[\w-]{1,128}", digest):
+            raise ValueError(f"a digest may have letters, digits, - and _ only: {digest!r}")
+        return self.folder / f"reference-{digest}.arrow"
+
+
+def group_key(group: TokenizedGroup) -> str:
+    """sha256 over (prompt ids, response ids), lengths included, so that no two groups share a spelling."""
+    digest = hashlib.sha256()
+    for ids in (group.prompt_ids, *group.response_ids):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class StoreWriter:
+    """Writes a store into an existing folder, batch by batch."""
+
+    folder: Path
+    vocab_size: int
+    groups: int = 0
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    def __enter__(self) -> StoreWriter:
+        with storage_errors(self.folder):
+            self._file = (self.folder / GROUPS_FILE).open("wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        return self
+
+    def add(self, groups: Sequence[TokenizedGroup]) -> None:
+        """Appends one record batch."""
+        if not groups:
+            return
+        for group in groups:
+            self._digest.update(group_key(group).encode())
+        self.groups += len(groups)
+        with storage_errors(self.folder):
+            self._writer.write(_record_batch(groups))
+
+    def finish(self, report: PrepareReport) -> None:
+        """Writes what makes the folder a store."""
+        with storage_errors(self.folder):
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            header = {
+                "layout": LAYOUT,
+                "digest": self._digest.hexdigest(),
+                "bytes": self._file.tell(),
+                "groups": self.groups,
+                "vocab_size": self.vocab_size,
+                "report": asdict(report),
+            }
+            with (self.folder / HEADER_FILE).open("w") as file:
+                json.dump(header, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what the disk says (full, read-only ...) into a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise StorageError(
+            f"{path}: cannot be written ({what}); make room or set data.cache_dir elsewhere"
+        ) from error
+
+
+def _record_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
+    responses = [ids for group in groups for ids in group.response_ids]
+    prompts = _list_array([group.prompt_ids for group in groups])
+    counts = np.cumsum([0] + [len(group.response_ids) for group in groups]).astype(np.int32)
+    per_group = pa.ListArray.from_arrays(pa.array(counts), _list_array(responses))
+    origins = pa.array([group.origin for group in groups], pa.string())
+    return pa.record_batch([origins, prompts, per_group], schema=SCHEMA)
+
+
+def _list_array(parts: Sequence[Ids]) -> pa.ListArray:
+    offsets = np.cumsum([0] + [len(part) for part in parts]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))
+
+
+def _chunk(batch: pa.RecordBatch) -> _Chunk:
+    origins, prompts, per_group = (batch.column(name) for name in SCHEMA.names)
+    return _Chunk(
+        origins=origins,
+        prompt_offsets=prompts.offsets.to_numpy(),
+        prompt_ids=prompts.values.to_numpy(),
+        group_offsets=per_group.offsets.to_numpy(),
+        response_offsets=per_group.values.offsets.to_numpy(),
+        response_ids=per_group.values.values.to_numpy(),
+    )
+
+
+def _joined(parts: list[Any], dtype: Any) -> Any:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+def _sha256(values: npt.NDArray[np.float32]) -> str:
+    return hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()

@@ -1,0 +1,200 @@
+"""From a group of text to token ids: template, boundary, BOS and EOS, length.
+
+What holds for every group that comes out:
+* the prompt has at least one token, and it is the same for all responses;
+* where the tokenizer uses BOS, it stands once at the start, whether or not the text writes it;
+* a response ends with exactly one EOS and nothing after it, unless its end was cut off. In a conversation
+  the EOS is the first special token that the template writes behind the answer (<|im_end|>, <|eot_id|>, </s>
+  ...), since that is where generation will stop; where it writes none, and in plain text, it is the
+  tokenizer's EOS;
+* no token holds text of both the prompt and a response.
+A group that cannot have this is dropped with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megadpo.data.records import Dropped, Group, LeaveOutError, Turn
+from megadpo.data.tokenizer import Tokenizer
+
+RULES = 1
+"""Version of reading and tokenising, part of the name of every cached store: raise it when ids can change."""
+
+IDENTICAL = "all responses are identical"
+IDENTICAL_CUT = "all responses are identical once cut to data.max_length"
+TOO_LONG = "longer than data.max_length"
+EOS_INSIDE = "a response has an end-of-sequence token before its end"
+BOS_INSIDE = "a response has a beginning-of-sequence token"
+SPECIAL_INSIDE = "a turn has a special token of the tokenizer written out in its text"
+NOT_CONTINUED = "the chat template writes the prompt otherwise once a response follows"
+NOT_VERBATIM = "the chat template does not write the response as it is"
+NO_BOUNDARY = "prompt and response cannot be told apart in tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedGroup:
+    """prompt_ids: int32 [at least 1]. response_ids: one int32 [at least 1] per response, best first."""
+
+    origin: str
+    prompt_ids: npt.NDArray[np.int32]
+    response_ids: tuple[npt.NDArray[np.int32], ...]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """A group and what had to be done to it.
+
+    boundary_splits: responses whose first token would have been shared with the prompt. prompt_cut,
+    responses_cut: lost tokens to max_length. header_scored: the template's generation prompt is not how it
+    writes an answer, so the responses begin with the header of the assistant's turn. from_template: a
+    conversation.
+    """
+
+    group: TokenizedGroup
+    boundary_splits: int
+    prompt_cut: bool
+    responses_cut: bool
+    header_scored: bool
+    from_template: bool
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What is to be tokenised. ends: tokens that end a response."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    ends: Mapping[str, int]
+    header_scored: bool
+
+
+def tokenize_group(
+    group: Group, tokenizer: Tokenizer, max_length: int, truncation_mode: str
+) -> Tokenized | Dropped:
+    """max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig."""
+    try:
+        texts = _texts(group, tokenizer)
+        prompt = tokenizer.encode(texts.prompt, add_bos=True)
+        splits = [_response_ids(tokenizer, texts, prompt, text) for text in texts.responses]
+        responses = [ids for ids, _ in splits]
+        if len(responses) > 1 and _all_equal(responses):
+            raise LeaveOutError(IDENTICAL)
+        # With nothing before it the first token of a response is predicted from the end of another text.
+        prompt = prompt or [tokenizer.eos_id]
+        kept_prompt, kept = _cut(prompt, responses, max_length, truncation_mode, tokenizer.bos_id)
+        if len(kept) > 1 and _all_equal(kept):
+            raise LeaveOutError(IDENTICAL_CUT)
+    except LeaveOutError as reason:
+        return Dropped(group.origin, str(reason))
+    return Tokenized(
+        group=TokenizedGroup(group.origin, _array(kept_prompt), tuple(_array(ids) for ids in kept)),
+        boundary_splits=sum(apart for _, apart in splits),
+        prompt_cut=len(kept_prompt) < len(prompt),
+        responses_cut=any(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True)),
+        header_scored=texts.header_scored,
+        from_template=not isinstance(group.prompt, str),
+    )
+
+
+# Text ------------------------------------------------------------------------------------------------------
+
+
+def _texts(group: Group, tokenizer: Tokenizer) -> _Texts:
+    if isinstance(group.prompt, str):
+        ends = {tokenizer.eos_token: tokenizer.eos_id}
+        responses = tuple(_until_end(str(response), ends) for response in group.responses)
+        return _Texts(group.prompt, responses, ends, header_scored=False)
+    turns = [response for response in group.responses if not isinstance(response, str)]
+    return _rendered(group.prompt, turns, tokenizer)
+
+
+def _rendered(prompt: tuple[Turn, ...], responses: list[tuple[Turn, ...]], tokenizer: Tokenizer) -> _Texts:
+    """The template is applied to the whole conversation, never to a response alone: it may write a system
+    prompt or a BOS wherever a conversation begins. What it writes for the prompt must be how the whole
+    begins."""
+    for turn in (turn for turns in (prompt, *responses) for turn in turns):
+        if tokenizer.special_pattern.search(turn.content):
+            raise LeaveOutError(SPECIAL_INSIDE)
+    whole = [
+        tokenizer.template.render((*prompt, *response), add_generation_prompt=False) for response in responses
+    ]
+    for add_generation_prompt in (True, False):
+        before = tokenizer.template.render(prompt, add_generation_prompt)
+        if all(text.startswith(before) for text in whole):
+            break
+    else:
+        raise LeaveOutError(NOT_CONTINUED)
+    ends = tokenizer.turn_ends
+    answers = tuple(_until_end(text[len(before) :], ends) for text in whole)
+    for response, answer in zip(responses, answers, strict=True):
+        if "".join(response[-1].content.split()) not in "".join(answer.split()):
+            raise LeaveOutError(NOT_VERBATIM)
+    return _Texts(before, answers, ends, header_scored=not add_generation_prompt)
+
+
+def _until_end(text: str, ends: Mapping[str, int]) -> str:
+    """`text` up to the first of the end tokens at its end, white space aside: "Yes.</s>" of "Yes.</s>\\n"."""
+    end = None
+    rest = text.rstrip()
+    while found := next((token for token in ends if rest.endswith(token)), None):
+        end = len(rest)
+        rest = rest[: -len(found)].rstrip()
+    return text if end is None else text[:end]
+
+
+# Ids -------------------------------------------------------------------------------------------------------
+
+
+def _response_ids(
+    tokenizer: Tokenizer, texts: _Texts, prompt: list[int], response: str
+) -> tuple[list[int], bool]:
+    """(ids with their EOS, whether they had to be tokenised apart from the prompt).
+
+    Usually the ids of prompt + response begin with the prompt's, and the rest is the response. Where a token
+    would hold text of both, or an unknown token at the boundary could, the response is tokenised on its own.
+    """
+    joint = tokenizer.encode(texts.prompt + response, add_bos=True)
+    known_end = not prompt or prompt[-1] != tokenizer.unk_id
+    together = known_end and joint[: len(prompt)] == prompt
+    ids = joint[len(prompt) :] if together else tokenizer.encode_apart(response)
+    if ids is None:
+        raise LeaveOutError(NO_BOUNDARY)
+    end_ids = set(texts.ends.values())
+    if not ids or ids[-1] not in end_ids:
+        ids = [*ids, tokenizer.eos_id]
+    if tokenizer.eos_id in ids[:-1] or ids[-1] in ids[:-1]:
+        raise LeaveOutError(EOS_INSIDE)
+    if tokenizer.bos_id in ids[:-1]:
+        raise LeaveOutError(BOS_INSIDE)
+    return ids, not together
+
+
+def _cut(
+    prompt: list[int], responses: list[list[int]], max_length: int, truncation_mode: str, bos_id: int | None
+) -> tuple[list[int], list[list[int]]]:
+    """The prompt loses as little as lets the longest response in, down to one token; a BOS stays. What is
+    still too long loses its end."""
+    longest = max(len(ids) for ids in responses)
+    room = max(1, max_length - longest)
+    if len(prompt) <= room and len(prompt) + longest <= max_length:
+        return prompt, responses
+    if truncation_mode == "drop":
+        raise LeaveOutError(TOO_LONG)
+    if len(prompt) > room:
+        start = prompt[:1] if prompt[0] == bos_id else []
+        tail = prompt[len(prompt) - (room - len(start)) :]
+        prompt = prompt[:room] if truncation_mode == "keep_start" else start + tail
+    return prompt, [ids[: max_length - len(prompt)] for ids in responses]
+
+
+def _all_equal(responses: Sequence[list[int]]) -> bool:
+    return all(ids == responses[0] for ids in responses)
+
+
+def _array(ids: list[int]) -> npt.NDArray[np.int32]:
+    return np.array(ids, dtype=np.int32)

@@ -1,0 +1,334 @@
+"""A tokenizer and its chat template: a Hugging Face folder, or a bare sentencepiece model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megadpo.data.template import ChatTemplate, chatml
+from megadpo.errors import TokenizerError
+
+IM_END = "<|im_end|>"
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "spiece.model",
+    "*.tiktoken",
+    "tekken.json",
+)
+PREFIXES = ("\u2581", "\u0120")
+"""How a piece that starts with a space is spelled: sentencepiece and byte-level BPE."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the two kinds of tokenizer have in common. kind: the class that reads it.
+
+    encode: text to ids, without BOS or EOS; special tokens written in the text become their ids.
+    piece: id to the spelling in the vocabulary. find: the id of a text that is one token, or None.
+    specials: text of every special token and its id. names: bos_token, eos_token ... as templates know them.
+    bos_id is None where the tokenizer does not put a BOS in front of text by itself.
+    """
+
+    encode: Callable[[str], list[int]]
+    piece: Callable[[int], str]
+    find: Callable[[str], int | None]
+    specials: Mapping[str, int]
+    names: Mapping[str, str]
+    bos_id: int | None
+    eos_id: int
+    unk_id: int | None
+    vocab_size: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """chat_template: its text. template_source: where that came from. digest: sha256 of the tokenizer's files
+    and of the template."""
+
+    backend: Backend
+    chat_template: str
+    template_source: str
+    digest: str
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that must stand at the start of every sequence; None where the tokenizer uses none."""
+        return self.backend.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.backend.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.backend.unk_id
+
+    @property
+    def eos_token(self) -> str:
+        return self.backend.names["eos_token"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1."""
+        return self.backend.vocab_size
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template, self.backend.names)
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token written out in text."""
+        return _any_of(self.backend.specials)
+
+    @cached_property
+    def turn_ends(self) -> Mapping[str, int]:
+        """Tokens at which a turn of a conversation can end: every special token but the unknown one, which any
+        text can give, and <|im_end|>, which some vocabularies have as an ordinary token."""
+        im_end = self.backend.find(IM_END)
+        known = {text: number for text, number in self.backend.specials.items() if number != self.unk_id}
+        return known | ({} if im_end is None else {IM_END: im_end})
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        """Ids of `text`, never with an EOS that the text does not write. With add_bos and a tokenizer that
+        uses BOS: exactly one at the start, also where the text writes its own."""
+        ids = self.backend.encode(text)
+        bos = self.bos_id
+        if not add_bos or bos is None:
+            return ids
+        written = 0
+        while written < len(ids) and ids[written] == bos:
+            written += 1
+        return [bos, *ids[written:]]
+
+    def encode_apart(self, text: str) -> list[int] | None:
+        """Ids of `text` as they are in the middle of a text, with no token shared with what stands before and
+        without the space that sentencepiece puts at a beginning; None where that cannot be had."""
+        for anchor, anchor_ids in self._anchors:
+            ids = self.backend.encode(anchor + text)
+            if ids[: len(anchor_ids)] == anchor_ids:
+                return ids[len(anchor_ids) :]
+        return None
+
+    @cached_property
+    def _anchors(self) -> tuple[tuple[str, list[int]], ...]:
+        """Texts to encode `text` behind. One is of use if its own last token is known (an unknown token would
+        swallow what follows) and no space slips in behind it."""
+        candidates = ("", self.eos_token, "\n", ".", "a", "0")
+        encoded = ((anchor, self.backend.encode(anchor)) for anchor in candidates)
+        return tuple((anchor, ids) for anchor, ids in encoded if self._is_neutral(anchor, ids))
+
+    def _is_neutral(self, anchor: str, anchor_ids: list[int]) -> bool:
+        if anchor and (not anchor_ids or anchor_ids[-1] == self.unk_id):
+            return False
+        for probe in "xe7":
+            ids = self.backend.encode(anchor + probe)
+            after = ids[len(anchor_ids) : len(anchor_ids) + 1]
+            follows = ids[: len(anchor_ids)] == anchor_ids and after
+            if follows and self.backend.piece(after[0]).startswith(PREFIXES):
+                return False
+        return True
+
+
+def load_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
+    """A Hugging Face folder, a folder that holds only a tokenizer.model, or a sentencepiece .model file.
+
+    chat_template: a file with a Jinja template; where None, the folder's chat_template.jinja, else the one in
+    tokenizer_config.json, else ChatML. Nothing from the folder is run as code. Raises TokenizerError.
+    """
+    place = Path(path).expanduser()
+    folder = place.parent if place.is_file() else place
+    files = [place] if place.is_file() else _tokenizer_files(place)
+    names = {file.name for file in files}
+    if place.is_file() or names == {"tokenizer.model"}:
+        backend = _load_sentencepiece(files[0])
+        configured = None if place.is_file() else _configured_template(folder)
+    else:
+        backend = _load_hugging_face(folder)
+        configured = _configured_template(folder)
+    if chat_template is not None:
+        text, source = _read_text(Path(chat_template).expanduser()), chat_template
+    elif configured is not None:
+        text, source = configured
+    else:
+        text, source = chatml(backend.find(IM_END) is not None), "ChatML, as the model has no template"
+    tokenizer = Tokenizer(backend, text, source, _digest(files, backend.kind, text))
+    tokenizer.template  # noqa: B018  a template that does not compile is an error here, not at the first row
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size_of_model: int) -> None:
+    """Raises TokenizerError where an id of the tokenizer has no row in the model's embedding."""
+    if tokenizer.vocab_size > vocab_size_of_model:
+        raise TokenizerError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has only "
+            f"{vocab_size_of_model}; set data.tokenizer to the tokenizer that the model was trained with"
+        )
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise TokenizerError(f"{folder}: no such folder or .model file; set data.tokenizer to one")
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
+    if not files:
+        raise TokenizerError(
+            f"{folder}: no tokenizer here (tokenizer.json, tokenizer.model ...); set data.tokenizer to a "
+            "folder that has one or to a sentencepiece .model file"
+        )
+    return files
+
+
+def _configured_template(folder: Path) -> tuple[str, str] | None:
+    """(text, file name). chat_template.jinja wins over tokenizer_config.json, as in transformers."""
+    if (folder / "chat_template.jinja").is_file():
+        return _read_text(folder / "chat_template.jinja"), "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    try:
+        template = json.loads(_read_text(config)).get("chat_template")
+        named = {t["name"]: t["template"] for t in template} if isinstance(template, list) else {}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise TokenizerError(
+            f"{config}: not a tokenizer's configuration ({error}); fetch it again"
+        ) from error
+    if isinstance(template, list):
+        if "default" not in named:
+            raise TokenizerError(
+                f"{config}: chat templates named {', '.join(named)}, none of them `default`; "
+                "write the one to use into a file and set data.chat_template to it"
+            )
+        template = named["default"]
+    return None if template is None else (str(template), "tokenizer_config.json")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read as text ({error})") from error
+
+
+def _digest(files: list[Path], kind: str, template: str) -> str:
+    """The kind counts, since config.json can have a say in which class reads the files."""
+    digest = hashlib.sha256(f"{kind}\n".encode())
+    for file in files:
+        name = "tokenizer.model" if len(files) == 1 and file.suffix == ".model" else file.name
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    digest.update(template.encode())
+    return digest.hexdigest()
+
+
+def _any_of(texts: Mapping[str, int]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _load_hugging_face(folder: Path) -> Backend:
+    from transformers import AutoTokenizer  # two seconds that a sentencepiece model does not need
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # transformers has no common class for what can be wrong with a folder
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise TokenizerError(
+            f"{folder}: the tokenizer cannot be loaded ({message}); fetch its files again"
+        ) from error
+    if loaded.eos_token_id is None:
+        raise TokenizerError(
+            f"{folder}: the tokenizer has no EOS, so a response could not end; name `eos_token` in "
+            "tokenizer_config.json"
+        )
+
+    loaded.model_max_length = 10**30  # or transformers warns of texts that max_length has not cut yet
+
+    def encode(text: str) -> list[int]:
+        return list(loaded.encode(text, add_special_tokens=False))
+
+    def find(text: str) -> int | None:
+        return vocabulary.get(text)
+
+    vocabulary: dict[str, int] = loaded.get_vocab()
+    added = {
+        str(token): int(number) for number, token in loaded.added_tokens_decoder.items() if token.special
+    }
+    named = {text: vocabulary[text] for text in loaded.all_special_tokens if text in vocabulary}
+    bos = loaded.bos_token_id
+    adds_bos = bos is not None and loaded.encode("x")[:1] == [bos] and encode("x")[:1] != [bos]
+    return Backend(
+        encode=encode,
+        piece=lambda number: str(loaded.convert_ids_to_tokens(number)),
+        find=find,
+        specials=added | named,
+        names={name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)},
+        bos_id=bos if adds_bos else None,
+        eos_id=int(loaded.eos_token_id),
+        unk_id=loaded.unk_token_id,
+        vocab_size=max(len(loaded), max(vocabulary.values()) + 1),
+        kind=type(loaded).__name__,
+    )
+
+
+def _load_sentencepiece(path: Path) -> Backend:
+    """The model itself, and not what AutoTokenizer makes of a folder that holds nothing else: that loses the
+    space at the beginning and the BOS (seen with transformers 5.23)."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = path.read_bytes()
+        at_start = SentencePieceProcessor(model_proto=model)
+        # Serialised messages in a row are merged; this one is normalizer_spec.add_dummy_prefix = false.
+        inside = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+    except (OSError, RuntimeError) as error:
+        raise TokenizerError(f"{path}: not a sentencepiece model ({error}); fetch it again") from error
+    bos, eos, unk = at_start.bos_id(), at_start.eos_id(), at_start.unk_id()
+    if eos < 0:
+        raise TokenizerError(f"{path}: the sentencepiece model has no EOS, so a response could not end")
+    size = at_start.vocab_size()
+    specials = {at_start.id_to_piece(i): i for i in range(size) if at_start.is_control(i)}
+    pattern = re.compile(f"({_any_of(specials).pattern})")
+
+    def encode(text: str) -> list[int]:
+        """sentencepiece itself never reads a control symbol from text, but templates write them."""
+        ids: list[int] = []
+        for number, part in enumerate(pattern.split(text)):
+            if number % 2:
+                ids.append(specials[part])
+            elif part:
+                ids += (inside if ids else at_start).encode(part)
+        return ids
+
+    def find(text: str) -> int | None:
+        number = at_start.piece_to_id(text)
+        return None if number == unk else int(number)
+
+    ids_by_name = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": at_start.pad_id()}
+    return Backend(
+        encode=encode,
+        piece=at_start.id_to_piece,
+        find=find,
+        specials=specials,
+        names={name: at_start.id_to_piece(number) for name, number in ids_by_name.items() if number >= 0},
+        bos_id=bos if bos >= 0 else None,
+        eos_id=eos,
+        unk_id=unk,
+        vocab_size=size,
+        kind="SentencePieceProcessor",
+    )

@@ -1,0 +1,264 @@
+"""From YAML to the frozen dataclasses of `config`, strictly: every problem of a run file is reported at once.
+
+Paths in a run file are relative to the folder in which megadpo was started; `~` is expanded where a path is
+used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from megadpo.check import problems as rule_problems
+from megadpo.config import Config
+from megadpo.errors import ConfigError
+from megadpo.objectives import OBJECTIVES, Objective
+from megadpo.schema import default_of, field_docs, field_types, leaf_paths, optional
+from megadpo.suggest import one_of, unknown_key
+from megadpo.yaml_file import read_yaml
+
+DEFAULT_OBJECTIVE = "dpo"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """path: dotted path of the setting. text: what is wrong with it, what is allowed, what to do."""
+
+    path: str
+    text: str
+
+
+class _Bad:
+    """Stands for a value that could not be decoded."""
+
+
+BAD = _Bad()
+
+
+def load_config(path: str | Path, overrides: list[str]) -> Config:
+    """The run file at `path` with `key=value` overrides applied (dotted keys, values in YAML).
+
+    Raises one ConfigError with every problem of the file: unknown keys, wrong types, missing keys, and what
+    `check.problems` finds.
+    """
+    tree, lines = read_yaml(Path(path).expanduser())
+    origins = {key: f"{path}:{line}" for key, line in lines.items()}
+    found: list[Problem] = []
+    for override in overrides:
+        key = _apply(override, tree, found)
+        origins[key] = "command line"
+    config = _section(Config, tree, "", found)
+    if not isinstance(config, _Bad):
+        # A rule that speaks of a setting which is wrong already would only confuse.
+        wrong = {problem.path for problem in found}
+        rules = [(_settings_named(text), text) for text in rule_problems(config)]
+        found += [Problem(names[0], text) for names, text in rules if wrong.isdisjoint(names)]
+    if found:
+        raise ConfigError(_report(str(path), found, origins))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved run file, which `load_config` reads back. Credentials in URLs are masked."""
+    tree = asdict(config)
+    name = next(name for name, kind in OBJECTIVES.items() if type(config.objective) is kind)
+    tree["objective"] = {"loss_type": name} | tree["objective"]
+    return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, and `***` for the user and password of a URL and for Hugging Face tokens."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, str):
+        return re.sub(r"hf_[A-Za-z0-9]{16,}", "***", re.sub(r"://[^/@\s]+@", "://***@", value))
+    return value
+
+
+def _apply(override: str, tree: dict[str, Any], found: list[Problem]) -> str:
+    """Put one `key=value` into the tree; returns the key, or the whole override where it has none."""
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
+        text = f"{override!r}: an override is key=value, such as optimizer.learning_rate=1e-6"
+        found.append(Problem(override, text))
+        return override
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        text = f"{override!r}: the value is not valid YAML; put text with special characters in quotes"
+        found.append(Problem(key, text))
+        return key
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            return key  # the section itself is wrong in the file and will be reported
+    tree[last] = value
+    return key
+
+
+# ---- decoding
+
+
+def _section(kind: type, value: Any, path: str, found: list[Problem]) -> Any:
+    """A dataclass from a mapping. A wrong setting counts as left out, so that the rest is checked too."""
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        names = ", ".join(field_types(kind))
+        found.append(Problem(path, f"{path} = {_show(value)}: must be a section with keys of: {names}"))
+        return BAD
+    hints = field_types(kind)
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            found.append(Problem(f"{prefix}{key}", unknown_key(str(key), list(hints), path)))
+    settings, complete = {}, True
+    for field in fields(kind):
+        name = f"{prefix}{field.name}"
+        decoded: Any = BAD
+        required = default_of(field) is MISSING
+        if field.name in value:
+            decoded = _decode(hints[field.name], value[field.name], name, found)
+        elif required and is_dataclass(hints[field.name]):
+            decoded = _section(hints[field.name], {}, name, found)
+        elif required:
+            doc = field_docs(kind).get(field.name, "it must be given")
+            found.append(Problem(name, f"{name}: missing; {doc[0].lower()}{doc[1:]}"))
+        if not isinstance(decoded, _Bad):
+            settings[field.name] = decoded
+        elif required:
+            complete = False
+    return kind(**settings) if complete else BAD
+
+
+def _decode(kind: Any, value: Any, path: str, found: list[Problem]) -> Any:
+    kind, nullable = optional(kind)
+    if value is None and nullable:
+        return None
+    if kind is Objective:
+        return _objective(value, path, found)
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _section(kind, value, path, found)
+    decoded, allowed = _scalar(kind, value)
+    if isinstance(decoded, _Bad):
+        allowed += " or null" if nullable else ""
+        found.append(Problem(path, f"{path} = {_show(value)}: must be {allowed}"))
+    return decoded
+
+
+def _objective(value: Any, path: str, found: list[Problem]) -> Any:
+    """`loss_type` picks the dataclass, whose fields are the only other keys."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        text = f"{path} = {_show(value)}: must be a section with loss_type and its settings"
+        found.append(Problem(path, text))
+        return BAD
+    name = value.get("loss_type", DEFAULT_OBJECTIVE)
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        allowed = one_of(tuple(OBJECTIVES), name)
+        found.append(Problem(f"{path}.loss_type", f"{path}.loss_type = {_show(name)}: must be {allowed}"))
+        return BAD
+    kind = OBJECTIVES[name]
+    names = list(field_types(kind))
+    settings = {key: inner for key, inner in value.items() if key != "loss_type"}
+    for key in [key for key in settings if key not in names]:
+        del settings[key]
+        close = difflib.get_close_matches(str(key), names, 1)
+        takes = f"its settings: {', '.join(names) or 'none'}"
+        advice = f"did you mean {path}.{close[0]}?" if close else takes
+        found.append(Problem(f"{path}.{key}", f"{path}.{key}: {name} has no such setting; {advice}"))
+    return _section(kind, settings, path, found)
+
+
+def _scalar(kind: Any, value: Any) -> tuple[Any, str]:
+    """(the value or BAD, what is allowed in words)."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return (value if isinstance(value, str) and value in choices else BAD), one_of(choices, value)
+    if get_origin(kind) is tuple:
+        items = (value,) if isinstance(value, str) else value
+        good = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
+        return (tuple(items) if good else BAD), "text or a list of texts"
+    if kind is bool:
+        return (value if isinstance(value, bool) else BAD), "true or false"
+    if kind is int:
+        good = isinstance(value, int) and not isinstance(value, bool)
+        return (value if good else BAD), f"a whole number{_whole_hint(value)}"
+    if kind is float:
+        return _float(value), "a finite number"
+    assert kind is str, kind
+    return (value if isinstance(value, str) else BAD), f"text{_text_hint(value)}"
+
+
+def _whole_hint(value: Any) -> str:
+    """For 64.0 and "64": how to write what was meant."""
+    whole = value.is_integer() if isinstance(value, float) else isinstance(value, str) and value.isdecimal()
+    return f" (write {int(value)})" if whole else ""
+
+
+def _text_hint(value: Any) -> str:
+    """For a number, a truth value or a date where text is asked for: how to write what was meant."""
+    plain = isinstance(value, bool | int | float) or hasattr(value, "isoformat")
+    return f' (write "{_show(value)}")' if plain else ""
+
+
+def _float(value: Any) -> Any:
+    """A finite float. YAML 1.1 reads 1e-4, which has no dot, as text."""
+    number = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return BAD
+    if isinstance(value, str) and not re.fullmatch(number, value):
+        return BAD
+    try:
+        decoded = float(value)
+    except OverflowError:
+        return BAD
+    return decoded if math.isfinite(decoded) else BAD
+
+
+# ---- words
+
+
+def _settings_named(text: str) -> list[str]:
+    """The settings that a rule speaks of, the first one first."""
+    words = [word.strip(".") for word in re.split(r"[^\w.]+", text)]
+    return [word for word in words if word in leaf_paths()] or [""]
+
+
+def _show(value: Any) -> str:
+    """A value as the user may have written it, on one line, at most 60 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = _one_line(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _report(path: str, found: list[Problem], origins: dict[str, str]) -> str:
+    lines = [f"{_origin(problem.path, path, origins)}: {_one_line(problem.text)}" for problem in found]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{path} has {len(lines)} problems", *lines])
+
+
+def _origin(key: str, path: str, origins: dict[str, str]) -> str:
+    """Where a key was written, or the section that it belongs in; the file where it stands nowhere."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return path
