@@ -1,15 +1,15 @@
-"""Make everything that `make demo` trains on, from nothing but a seed: data, tokenizer and an untrained Llama.
+"""Make all that `make demo` trains on, from nothing but a seed: data, tokenizer and an untrained Llama.
 
-    python tools/make_demo.py runs/demo --seed 0
+    python tools/make_demo.py FOLDER --seed 0
 
-writes into the folder
-    sft.jsonl         prompt + completion; every prompt is answered in both styles, cheerful and gloomy
-    pairs_train.jsonl prompt + chosen (cheerful) + rejected (gloomy)
-    pairs_eval.jsonl  the same on prompts that stand in neither of the other two
-    model/            a Hugging Face folder: config.json, safetensors with random weights, tokenizer, chat template
+writes into the folder, which must not exist yet,
+    sft.jsonl          prompt + completion; every prompt is answered in both styles, cheerful and gloomy
+    pairs_train.jsonl  prompt + chosen (cheerful) + rejected (gloomy)
+    pairs_eval.jsonl   the same on prompts that stand in neither of the other two
+    model/             Hugging Face folder: config, random weights as safetensors, tokenizer, chat template
 
-All text comes from the small grammar below. The two styles say the same facts and differ in their tone, so that a
-model that has seen both is a coin toss between them until preference training settles it.
+All text comes from the small grammar below. The two styles say the same facts and differ in their tone, so
+that a model that has seen both is a coin toss between them until preference training settles it.
 """
 
 from __future__ import annotations
@@ -93,8 +93,18 @@ WEATHER = {
 }
 
 OPENINGS = {
-    "cheerful": ("Oh, what a lovely question!", "I am so glad you asked!", "How wonderful!", "Well, with pleasure!"),
-    "gloomy": ("Oh no, not this again!", "I am so tired of this!", "How tiresome!", "Well, if I really must!"),
+    "cheerful": (
+        "Oh, what a lovely question!",
+        "I am so glad you asked!",
+        "How wonderful!",
+        "Well, with pleasure!",
+    ),
+    "gloomy": (
+        "Oh no, not this again!",
+        "I am so tired of this!",
+        "How tiresome!",
+        "Well, if I really must!",
+    ),
 }
 FEELINGS = {
     "cheerful": ("with great joy", "with a bright smile", "with a happy heart", "laughing all the while"),
@@ -154,7 +164,8 @@ def questions(rng: random.Random, stories: int) -> list[Question]:
     ]
     found += [
         Question(
-            f"How is the weather in {town} in {season}?", f"In {season} {weather} in {town}, and we go out {{feeling}}."
+            f"How is the weather in {town} in {season}?",
+            f"In {season} {weather} in {town}, and we go out {{feeling}}.",
         )
         for town, (season, weather) in product(TOWNS, WEATHER.items())
     ]
@@ -193,7 +204,10 @@ def _turn(role: str, text: str) -> list[dict[str, str]]:
 def sft_rows(rng: random.Random, asked: list[Question], answers: int) -> list[dict[str, object]]:
     """Both styles equally often for every question, in random order."""
     rows: list[dict[str, object]] = [
-        {"prompt": _turn("user", question.prompt), "completion": _turn("assistant", answer(rng, question, style))}
+        {
+            "prompt": _turn("user", question.prompt),
+            "completion": _turn("assistant", answer(rng, question, style)),
+        }
         for question in asked
         for style in STYLES
         for _ in range(answers)
@@ -238,7 +252,9 @@ def write_tokenizer(folder: Path, corpus: Iterator[str], vocab_size: int, positi
     )
     tokenizer.train_from_iterator(corpus, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"the corpus gives {tokenizer.get_vocab_size()} tokens, not {vocab_size}: ask for fewer")
+        raise ValueError(
+            f"the corpus gives {tokenizer.get_vocab_size()} tokens, not {vocab_size}: ask for fewer"
+        )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -2,14 +2,13 @@
 
 The other half of `tools/parity.py`; also usable alone. Needs the extra `trl` (pip install -e .[trl]).
 
-Input: a JSON-lines file, one object a pair: {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}.
-Output: a JSON-lines file, one object a step, with TRL's names: step, loss, grad_norm, learning_rate, rewards/chosen,
-rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. With --eval-groups a last object
-with the same names under "eval_". All are means over the pairs of the step; log-probabilities are in nats.
+Input: JSON lines, one object a pair: {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}.
+Output: JSON lines, one object a step: step and METRICS, by TRL's names. With --eval-groups a last object has
+the held-out metrics, whose names begin with eval_. All are means over pairs; log-probabilities are in nats.
 
-What TRL 1.16 does, read in its source and held by the checks below:
-- `grad_norm` is the norm before clipping. Rewards and log-probabilities are means over micro-batches of micro-batch
-  means, which is the mean over pairs because every micro-batch has the same number of pairs (enforced here).
+What TRL 1.16 does, as its source says and the checks below hold:
+- `grad_norm` is the norm before clipping. Rewards and log-probabilities are means over micro-batches of
+  micro-batch means: the mean over pairs only where micro-batches are equally large, which is enforced here.
 - Its dataset preparation always tokenises text. The subclass below hands the ids through instead.
 - label_smoothing has no effect on its `sigmoid` loss (since its #3906), so this tool has no such option.
 """
@@ -62,10 +61,13 @@ class TrlRun:
         found = []
         if self.batch % (self.micro_batch or self.batch):
             found.append(f"--micro-batch {self.micro_batch} does not divide --batch {self.batch}")
-        if self.micro_batch not in (None, self.batch) and self.steps * self.batch > pairs - pairs % self.batch:
+        if (
+            self.micro_batch not in (None, self.batch)
+            and self.steps * self.batch > pairs - pairs % self.batch
+        ):
             found.append(
-                f"{self.steps} steps of {self.batch} do not fit whole into {pairs} pairs: with --micro-batch, TRL's "
-                "means would weigh the pairs of a cut batch differently; give more pairs or fewer steps"
+                f"{self.steps} steps of {self.batch} do not fit whole into {pairs} pairs: with --micro-batch, "
+                "TRL's means would weigh the pairs of a cut batch otherwise; give more pairs or fewer steps"
             )
         return found
 
@@ -103,7 +105,9 @@ def check_batch(batch: dict[str, Any], given: Sequence[dict[str, list[int]]]) ->
     """AssertionError unless the collated batch is exactly the given pairs: chosen first, then rejected."""
     want = [(pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids") for pair in given]
     if batch_sequences(batch) != want:
-        raise AssertionError("TRL's batch is not the pairs that were given: ids added, cut or in another order")
+        raise AssertionError(
+            "TRL's batch is not the pairs that were given: ids added, cut or in another order"
+        )
 
 
 def train(
@@ -144,7 +148,8 @@ def train(
                 max_length=None,
                 max_steps=run.steps,
                 per_device_train_batch_size=micro,
-                per_device_eval_batch_size=1,  # TRL averages batch means: only equal batches give the mean over pairs
+                # TRL averages the means of batches: only batches of one give the mean over pairs.
+                per_device_eval_batch_size=1,
                 gradient_accumulation_steps=run.batch // micro,
                 learning_rate=run.learning_rate,
                 lr_scheduler_type=run.schedule,

@@ -17,9 +17,7 @@ LARGEST = 2**26
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's object_pairs_hook: a name that stands twice in one object is an error, not the last one's
-    win.
-    """
+    """For json's object_pairs_hook: a name that stands twice in one object is an error."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

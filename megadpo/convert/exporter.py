@@ -41,9 +41,7 @@ COPIED = (
 )
 """Copied byte for byte, never saved anew: what one version of transformers writes another may not read."""
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""How the keys of the model's own tensors begin; the rest of a checkpoint is the optimizer's and the
-trainer's.
-"""
+"""How the keys of the model's own tensors begin; the others are the optimizer's and the trainer's."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,9 @@ def export_hf(
 
 
 def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]:
-    """Every Megatron tensor of the model in the checkpoint, in the order of the network; all that is wrong at
-    once.
+    """Every Megatron tensor of the model in the checkpoint, in the order of the network.
+
+    CheckpointError lists all that is missing, of another shape, or not part of the model.
     """
     found, missing, misshapen, used = [], [], [], set()
     for tensor in megatron_tensors(shape).values():
@@ -127,20 +126,17 @@ def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]
             continue
         key, layer, half = place
         used.add(key)
-        stored = checkpoint.shape(key)
-        rows = stored[len(layer)] // (1 if half is None else 2)
-        fits = stored[len(layer) + 1 :] == tensor.shape[1:] and (
-            rows == tensor.shape[0] or (tensor.padded and rows > tensor.shape[0])
-        )
-        if not fits or (layer and stored[0] != shape.num_layers):
-            misshapen.append(f"{key} ({by(stored)})")
+        stored, dtype = checkpoint.shape(key), checkpoint.dtype(key)
+        layers = shape.num_layers if layer else None
+        if dtype not in CODES or not _fits(stored, tensor, layers, halved=half is not None):
+            misshapen.append(f"{key} ({by(stored)}, {dtype})")
             continue
-        start = (*layer, (half or 0) * rows, *(0 for _ in tensor.shape[1:]))
+        start = (*layer, (half or 0) * tensor.shape[0], *(0 for _ in tensor.shape[1:]))
         found.append(Source(tensor, key, start, (*(1 for _ in layer), *tensor.shape)))
     extra = [key for key in checkpoint.tensors if key.startswith(MODEL_KEYS) and key not in used]
     problems = (
         some("missing: ", missing),
-        some("of another shape: ", list(dict.fromkeys(misshapen))),
+        some("of another shape or dtype: ", list(dict.fromkeys(misshapen))),
         some("not part of that model: ", sorted(extra)),
     )
     if any(problems):
@@ -149,10 +145,19 @@ def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]
     return found
 
 
+def _fits(stored: tuple[int, ...], tensor: MegatronTensor, layers: int | None, halved: bool) -> bool:
+    """Whether a stored tensor holds this one: all layers in front, as one of two halves, with padding."""
+    if layers is not None:
+        if stored[:1] != (layers,):
+            return False
+        stored = stored[1:]
+    rows = tensor.shape[0] * (2 if halved else 1)
+    same = stored[:1] == (rows,) or (tensor.padded and len(stored) > 0 and stored[0] > rows)
+    return same and stored[1:] == tensor.shape[1:]
+
+
 def _spellings(key: str) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """(stored key, layer number where layers are stacked in front, 0 gate or 1 up where the two are stored as
-    one).
-    """
+    """(stored key, layer number where layers are stacked, 0 gate or 1 up where the two are one tensor)."""
     names: list[tuple[str, tuple[int, ...]]] = [(key, ())]
     if layered := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", key):
         names.append((layered[1] + layered[3], (int(layered[2]),)))
@@ -213,7 +218,7 @@ def _write_shard(
     checkpoint: TorchDist,
     report: Callable[[int], None],
 ) -> None:
-    """One safetensors file, written tensor by tensor: https://huggingface.co/docs/safetensors (format)."""
+    """One safetensors file, tensor by tensor: length of the header, header as JSON, data."""
     shapes = {name: dims for source in sources for name, dims in hf_shapes(source.tensor).items()}
     ends = list(accumulate(prod(dims) * dtype.itemsize for dims in shapes.values()))
     header: dict = {"__metadata__": {"format": "pt"}}
@@ -225,7 +230,7 @@ def _write_shard(
         file.write(struct.pack("<Q", len(text)) + text)
         for source in sources:
             for tensor in _hf_tensors(source, dtype, checkpoint):
-                file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
                 report(tensor.nbytes)
 
 
@@ -233,11 +238,14 @@ def _hf_tensors(source: Source, dtype: torch.dtype, checkpoint: TorchDist) -> It
     """The Hugging Face tensors of one Megatron tensor, contiguous, in the order of `hf_shapes`."""
     whole = checkpoint.read(source.key, source.start, source.size).view(source.tensor.shape)
     for name, dims in hf_shapes(source.tensor).items():
-        values, at = torch.empty(dims, dtype=dtype), 0
-        for rows in source.tensor.rows:
-            if rows.name == name:
-                values[rows.start : rows.start + rows.count] = whole[at : at + rows.count]
-            at += rows.count
+        if len(source.tensor.rows) == 1:
+            values = whole.to(dtype)
+        else:
+            values, at = torch.empty(dims, dtype=dtype), 0
+            for rows in source.tensor.rows:
+                if rows.name == name:
+                    values[rows.start : rows.start + rows.count] = whole[at : at + rows.count]
+                at += rows.count
         if not all_finite(values):
             reason = (
                 "" if not all_finite(whole) else f" as {CODES[dtype]}, whose range is too small; use bfloat16"

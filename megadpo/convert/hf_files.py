@@ -61,9 +61,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size: every tensor lies inside, none
-    overlap.
-    """
+    """The header of a safetensors file, checked: its tensors fill the file, without gap or overlap."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -214,9 +212,7 @@ class HFFiles:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. aminmax passes both on and needs no temporary of the
-    tensor's size.
-    """
+    """Whether there is neither NaN nor infinity. aminmax passes both on, without a temporary."""
     return not values.numel() or all(bool(torch.isfinite(x)) for x in torch.aminmax(values))
 
 

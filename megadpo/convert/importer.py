@@ -68,9 +68,7 @@ def _ignored(shape: ModelShape) -> str:
 
 
 def _pieces(chunk: Any) -> Iterator[Any]:
-    """This chunk's parameters as Megatron-Core's ShardedTensor: key, place in the whole tensor, view of the
-    data.
-    """
+    """This chunk's parameters as Megatron-Core's ShardedTensor: key, place in the whole, view of the data."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     for entry in chunk.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
@@ -115,9 +113,7 @@ def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
 
 
 def _compare_tied(piece: Any, tensor: MegatronTensor, files: HFFiles, shape: ModelShape) -> None:
-    """A tied folder that holds an output layer all the same: it must be the embedding, or one of them would
-    be lost.
-    """
+    """A tied folder that holds an output layer all the same: it must be the embedding, or one is lost."""
     family = family_of(shape)
     if not shape.tied or family.output not in files.where:
         return

@@ -125,7 +125,7 @@ class RunLog:
         self._closing.close()
         for tracker in self._trackers:
             tracker.close()
-        if self._last:
+        if self._last and self._training is not None and not self._training.stands:
             self.line(f"step {self._last['step']:,}/{self._total:,}  {'  '.join(numbers(self._last))}")
         self._trackers, self._last = [], {}
 

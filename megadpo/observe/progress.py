@@ -131,6 +131,12 @@ class Task:
         self._left = TimeLeft(total or 0)
         self._left.mark(done, screen.now())
         self._drawn: float | None = None
+        self._drawn_done = -1
+
+    @property
+    def stands(self) -> bool:
+        """Whether what was done last can still be read: a terminal's line is gone with the task."""
+        return self.id is None and self._drawn_done == self.done
 
     def to(self, done: int, parts: Sequence[str] = ()) -> None:
         """So much is done; parts: what else to say of it. Drawn first, last, and in between now and then."""
@@ -140,7 +146,7 @@ class Task:
         last = self.total is not None and done >= self.total
         if self._drawn is not None and not last and now - self._drawn < self._screen.pause:
             return
-        self._drawn = now
+        self._drawn, self._drawn_done = now, done
         seconds = self._left.seconds()
         left = f"{clock(seconds)} left" if seconds is not None and self.total is not None and not last else ""
         of_total = "" if self.total is None else f"/{self.total:,}"

@@ -25,6 +25,9 @@ NOISY = (
     "wandb",
 )
 
+# Of Megatron-Core and torch, but named after whoever passes the call on (parallel/cpu_host.py).
+HARMLESS = (r"The \.grad attribute of a Tensor that is not a leaf", r"Please use DTensor instead")
+
 # Libraries that set up their own loggers and bars when they are imported read these instead.
 SWITCHES = {
     "DATASETS_VERBOSITY": "error",
@@ -55,6 +58,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             for name in NOISY:
                 warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+            for message in HARMLESS:
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for name, logger in loggers.items():

@@ -68,7 +68,8 @@ def byte_level(
 def metaspace_bpe(legacy: bool, size: int = 300) -> Tokenizer:
     """Llama 2's kind: one run of characters, spaces as \u2581, no pre-tokeniser that would stop merges.
 
-    legacy: the leading space is put in front of every piece of text between special tokens.
+    legacy: the leading space is put in front of every piece of text between special tokens, and a newline is
+    an unknown character.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     if legacy:
@@ -78,7 +79,8 @@ def metaspace_bpe(legacy: bool, size: int = 300) -> Tokenizer:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
-    tokenizer.train_from_iterator(LINES, trainer)
+    lines = [line for text in LINES for line in text.split("\n")] if legacy else LINES
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 

@@ -81,7 +81,7 @@ def test_slurm_with_a_meeting_place_of_the_users():
 
 
 def test_a_batch_script_is_no_rank():
-    """sbatch sets the job's tasks and a rank of 0 for the script itself; waiting for the others would hang."""
+    """sbatch sets the job's tasks and rank 0 for the script itself; waiting for the others would hang."""
     assert (
         joined({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
     )

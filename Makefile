@@ -1,0 +1,40 @@
+# megadpo: `make demo` runs the main job, `make test` runs the tests. Both make their own .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test lint parity clean
+
+help:
+	@echo "make demo     the main job on this machine: a model, preferences, DPO on TP2 x PP2, export (no GPU needed)"
+	@echo "make test     lint, types, layers and all tests"
+	@echo "make lint     only lint, types and layers"
+	@echo "make parity   20 steps against TRL's DPOTrainer on six grids; needs ../shared"
+	@echo "make install  only make .venv"
+	@echo "make clean    remove .venv and caches"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("megadpo needs Python 3.11 or newer; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python tools/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+parity: install
+	$(BIN)/python tools/parity.py --model ../shared/models/stories260k --data ../shared/data/stories_pairs_train.jsonl --grids
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
