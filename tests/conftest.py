@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tests fork ranks from this process. A forked child that computes with several threads hangs in the thread pool that
+# its parent had, so this process must never start one.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -97,7 +97,13 @@ class MemoryStore:
 
 
 def random_groups(
-    count: int, *, vocab: int = 67, responses: int = 2, longest_prompt: int = 9, longest_response: int = 8, seed: int = 0
+    count: int,
+    *,
+    vocab: int = 67,
+    responses: int = 2,
+    longest_prompt: int = 9,
+    longest_response: int = 8,
+    seed: int = 0,
 ) -> MemoryStore:
     """Ragged random groups; the first has a prompt of one token and one-token responses."""
     rng = np.random.default_rng(seed)

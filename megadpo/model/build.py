@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -114,17 +114,15 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def with_bias(layer: type) -> Callable[..., Any]:
+def with_bias(layer: type) -> type:
     """The same parallel linear layer, always with a bias: Llama's o_proj and MLP have theirs switched one by one,
     where Megatron-Core has one switch for all."""
-    return type(f"{layer.__name__}WithBias", (layer,), {"__init__": _init_with_bias(layer)})
 
+    class WithBias(layer):
+        def __init__(self, *args: Any, bias: bool = True, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
 
-def _init_with_bias(layer: type) -> Callable[..., None]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        layer.__init__(self, *args, **(kwargs | {"bias": True}))  # type: ignore[misc]
-
-    return __init__
+    return WithBias
 
 
 def block_spec(
@@ -133,7 +131,7 @@ def block_spec(
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     if mcore_fixes.have_te():
         layer = get_gpt_layer_with_transformer_engine_spec()
-        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+        final_norm = TENorm
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = SequenceParallelRMSNorm

@@ -24,7 +24,7 @@ class LogprobHead(ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.valid_vocab = valid_vocab
 
-    def forward(self, hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, weight: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, weight: Tensor | None) -> Tensor:
         """hidden [T, 1, D] (T / tensor ranks under sequence parallelism) -> float32 log-probabilities [N].
 
         rows_N: int64, rows of the stream that predict; targets_N: int64, what they must predict. `weight` is the

@@ -38,7 +38,7 @@ class Policy(GPTModel):
             )
         super().setup_embeddings_and_output_layer()
 
-    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+    def forward(self, batch: PackedBatch) -> Tensor:
         """Log-probabilities float32 [N] on the last stage, hidden states [T, 1, D] for the next stage elsewhere."""
         hidden_TD = self.hidden_states(batch)
         if not self.post_process:

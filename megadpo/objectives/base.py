@@ -6,7 +6,7 @@ Axes: G groups, S sequences (responses), response k of group g is row ``offsets_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class Outcome:
 
 class Objective(Protocol):
     """A frozen dataclass: its fields are its hyper-parameters, calling it is its formula."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def needs_reference(self) -> bool: ...

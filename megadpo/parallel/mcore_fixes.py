@@ -2,16 +2,18 @@
 
 They are not faults of the CPU: the same code runs on GPUs. Each guard is shown by tests/parallel/test_mcore_fixes.py.
 
-| fault | where | guard |
-|---|---|---|
-| activations and gradients swapped: 2 pipeline ranks, virtual stages, batched p2p | p2p_communication.py | refuse() |
-| optimizer state saved shifted: fully_reshardable, several padded gradient buckets | distrib_optimizer.py | strip_bucket_padding() |
-| one `step` tensor shared by all parameters after a load, without TE and Apex | distrib_optimizer.py:825 | stateless_step_adam() |
-| fp8, fp8_param, tp_comm_overlap ignored without Transformer Engine | fp8_utils.py | refuse() |
-| checkpoint format that can be chosen by default and cannot be saved | optimizer default metadata | checkpoint.METADATA |
-| dist_checkpointing.save hangs for ever without psutil | filesystem_async.py | require_psutil() |
-| a killed trainer leaves a manager process behind, which keeps its terminal | filesystem_async.py | queue_here() |
-| named random states never applied without CUDA | tensor_parallel/random.py | cpu_host |
+* Two pipeline ranks with virtual stages and batched messages get activations and gradients swapped
+  (p2p_communication.py): `refuse`.
+* `fully_reshardable` saves optimizer state shifted where several gradient buckets are padded (distrib_optimizer.py):
+  `strip_bucket_padding`.
+* Without TE and Apex, a load gives all parameters one `step` tensor (distrib_optimizer.py:825): `stateless_step_adam`.
+* Without TE, fp8, fp8_param and tp_comm_overlap are ignored: `refuse`.
+* The checkpoint format that is chosen by default cannot be saved: `checkpoint.METADATA`.
+* `dist_checkpointing.save` hangs for ever without psutil (filesystem_async.py): `require_psutil`.
+* A killed trainer leaves a manager process behind that keeps its terminal (filesystem_async.py): `queue_here`.
+* Without CUDA, named random states are never applied (tensor_parallel/random.py): `cpu_host`.
+* Weights that are not initialised are not marked as split and miss in the gradient norm (tensor_parallel/layers.py):
+  `model.build.mark_tensor_parallel`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import sys
 from dataclasses import dataclass
@@ -112,19 +111,11 @@ def read_inputs(config: Config, rank: Rank) -> Inputs:
     return Inputs(shape, reference_shape, train, prepare(config.data.eval) if config.data.eval else None)
 
 
-def _train(
-    config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, stop: StopSignal
-) -> bool:
-    train, held_out = _streams(config, inputs, context)
-    log.banner(_banner(config, inputs, train, context))
+def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, stop: StopSignal) -> bool:
+    streams = _streams(config, inputs.stores, inputs, context)
+    log.banner(_banner(config, inputs, streams[0], context))
     policy = _load(config, inputs.shape, config.model.path, context)
-    reference = None
-    if config.objective.needs_reference:
-        if config.reference.mode == "resident":
-            reference = _reference_model(config, inputs, context)
-        else:
-            train, held_out = _with_columns(config, inputs, train, held_out, policy, context, log)
-            assert train is not None
+    scored, reference = _with_reference(config, inputs, streams, policy, context, log)
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
     newest = checkpoint.latest(Path(config.run_dir).expanduser())
@@ -132,13 +123,17 @@ def _train(
         checkpoint.load(state, newest)
         log.line(f"going on from {newest}")
     log.resume(state.step)
+    train, held_out = scored[0], scored[1] if len(scored) > 1 else None
     return fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
 
 
-def _streams(config: Config, inputs: Inputs, context: ParallelContext) -> tuple[Scored, Scored | None]:
+def _streams(
+    config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext
+) -> list[Stream]:
+    """The training stream, then the held-out one where there is one; one token budget for both."""
     batch = config.batch
     budget = choose_budget(
-        inputs.stores,
+        stores,
         batch.global_batch_size,
         context.data_size,
         context.pipeline_size,
@@ -148,16 +143,36 @@ def _streams(config: Config, inputs: Inputs, context: ParallelContext) -> tuple[
     )
     multiple = context.pipeline_size if context.virtual_size > 1 else 1
     cost = inputs.shape.attended_pair_cost
-    train = Stream(inputs.train, budget, context.data_size, multiple, cost, config.seed, config.train.shuffle)
-    if inputs.held_out is None:
-        return Scored(train, None), None
-    return Scored(train, None), Scored(Stream(inputs.held_out, budget, context.data_size, multiple, cost), None)
+    return [
+        Stream(store, budget, context.data_size, multiple, cost, config.seed, config.train.shuffle) for store in stores
+    ]
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
     chunks = build_chunks(shape, config.parallel, context, config.model.dtype, config.model.recompute)
-    load_hf(chunks, shape, folder)
+    load_hf(chunks, shape, Path(folder).expanduser())
     return chunks
+
+
+def _with_reference(
+    config: Config,
+    inputs: Inputs,
+    streams: list[Stream],
+    policy: list[Policy],
+    context: ParallelContext,
+    log: RunLog,
+) -> tuple[list[Scored], list[Policy] | None]:
+    """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
+
+    The policy has its initial weights here, so it serves as its own reference where no other is named.
+    """
+    if not config.objective.needs_reference:
+        return [Scored(stream, None) for stream in streams], None
+    if config.reference.mode == "resident":
+        return [Scored(stream, None) for stream in streams], _reference_model(config, inputs, context)
+    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
+    weights = weights_digest(Path(config.reference.path or config.model.path).expanduser())
+    return [_scored(config, stream, chunks, weights, context, log) for stream in streams], None
 
 
 def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
@@ -166,30 +181,6 @@ def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
     return chunks
-
-
-def _with_columns(
-    config: Config,
-    inputs: Inputs,
-    train: Scored | None,
-    held_out: Scored | None,
-    policy: list[Policy],
-    context: ParallelContext,
-    log: RunLog,
-) -> tuple[Scored | None, Scored | None]:
-    """The reference's log-probabilities: read where they are known (and checked), computed where not.
-
-    The policy has its initial weights here, so it serves as its own reference where no other is named.
-    """
-    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
-    weights = weights_digest(config.reference.path or config.model.path)
-    if train is not None:
-        train = _scored(config, train.stream, chunks, weights, context, log)
-    if held_out is not None:
-        held_out = _scored(config, held_out.stream, chunks, weights, context, log)
-    del chunks
-    gc.collect()
-    return train, held_out
 
 
 def _scored(
@@ -219,9 +210,9 @@ def _scored(
     return Scored(stream, known)
 
 
-def _banner(config: Config, inputs: Inputs, train: Scored, context: ParallelContext) -> list[str]:
+def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelContext) -> list[str]:
     """What runs, and with which parts."""
-    shape, parallel, stream = inputs.shape, config.parallel, train.stream
+    shape, parallel = inputs.shape, config.parallel
     layers = "Transformer Engine" if mcore_fixes.have_te() else "Megatron-Core's own (no Transformer Engine)"
     grid_text = f"tensor {context.tensor_size} x pipeline {context.pipeline_size} x data {context.data_size}"
     if context.virtual_size > 1:
@@ -289,21 +280,14 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> in
     inputs = read_inputs(config, rank)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     run_dir = Path(config.run_dir).expanduser()
+    folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
     with (
         grid(config.parallel, device, config.seed) as context,
         RunLog(run_dir, 0, config, enabled=context.is_first) as log,
     ):
-        train, held_out = _streams(config, inputs, context)
-        assert held_out is not None
+        streams = _streams(config, inputs.stores[1:], inputs, context)
         policy = _load(config, inputs.shape, config.model.path, context)
-        reference = None
-        if config.objective.needs_reference:
-            if config.reference.mode == "resident":
-                reference = _reference_model(config, inputs, context)
-            else:
-                held_out = _with_columns(config, inputs, None, held_out, policy, context, log)[1]
-                assert held_out is not None
-        folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
+        [held_out], reference = _with_reference(config, inputs, streams, policy, context, log)
         step = checkpoint.load_weights(policy, folder).step if folder else 0
         sums = evaluate(
             policy,
@@ -314,7 +298,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> in
             groups_per_pass(config),
             context,
         )
-        log.line(f"{folder or config.model.path} (step {step}) on {', '.join(config.data.eval)}, {sums.groups} groups")
+        log.line(f"{folder or config.model.path} (step {step}): {sums.groups} groups of {', '.join(config.data.eval)}")
         log.line(f"  eval_loss {sums.loss:.6f}")
         for name, value in sums.metrics.items():
             log.line(f"  eval_{name} {value:.6f}")

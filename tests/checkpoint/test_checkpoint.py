@@ -72,7 +72,8 @@ def optimizer_state(state: Any) -> dict[str, torch.Tensor]:
 
 def test_resume_is_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
     """Stopped twice, once across the end of an epoch (13 groups, 5 a step)."""
-    for ranks, layout in ((1, case), (2, case), (2, replace(case, tensor=2, sequence=True)), (2, replace(case, pipeline=2))):
+    tensor, pipeline = replace(case, tensor=2, sequence=True), replace(case, pipeline=2)
+    for ranks, layout in ((1, case), (2, case), (2, tensor), (2, pipeline)):
         run_dir = tmp_path / f"{ranks}-{layout.tensor}-{layout.pipeline}"
         whole = run_ranks(ranks, train, layout, run_dir / "never", 6, False)[0]
         parts = [run_ranks(ranks, train, layout, run_dir, stop, True)[0] for stop in (2, 4, 6)]
@@ -89,7 +90,7 @@ def boxes(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     parsed = []
     for state in states:
         for name, data in state.items():
-            key, offset, size = re.fullmatch(r"(.*)@\((.*)\)\+\((.*)\)", name).groups()
+            key, offset, _ = re.fullmatch(r"(.*)@\((.*)\)\+\((.*)\)", name).groups()
             start = [int(x) for x in offset.split(",") if x.strip()]
             data = data.reshape([1] * (len(start) - data.dim()) + list(data.shape))
             end = [s + n for s, n in zip(start, data.shape, strict=True)]

@@ -74,7 +74,8 @@ def test_the_same_global_batch_on_every_grid() -> None:
         stream = Stream(groups, Budget(64), ranks, 1, seed=3, shuffle=True)
         picked = stream.next_groups(10, 16)
         dealt = [g for rank in range(ranks) for batch in stream.batches(picked, rank, None) for g in batch.groups]
-        assert sorted(dealt) == sorted(Stream(groups, Budget(64), 1, 1, seed=3, shuffle=True).next_groups(10, 16).tolist())
+        alone = Stream(groups, Budget(64), 1, 1, seed=3, shuffle=True)
+        assert sorted(dealt) == sorted(alone.next_groups(10, 16).tolist())
 
 
 def test_budget_asked_for() -> None:

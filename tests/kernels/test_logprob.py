@@ -3,7 +3,6 @@
 import pytest
 import torch
 from distributed import run_ranks
-
 from megadpo_kernels import VocabShard, linear_logprob
 
 

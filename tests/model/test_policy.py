@@ -50,7 +50,8 @@ def packed(device: torch.device, case: Case) -> dict[str, Any]:
         batch = pack(case.store, range(len(case.store)), case.budget.tokens, None)
         policy = state.modules[0]
         logprob = policy(batch)
-        weights = torch.tensor([weight(g, k) for g, x in enumerate(case.store.groups) for k in range(len(x.response_ids))])
+        responses = [(g, k) for g, x in enumerate(case.store.groups) for k in range(len(x.response_ids))]
+        weights = torch.tensor([weight(g, k) for g, k in responses])
         state.chunks[0].zero_grad_buffer()
         (response_sums(logprob, batch) * weights).sum().backward()
         gradients = {name: p.main_grad.clone() for name, p in policy.named_parameters()}

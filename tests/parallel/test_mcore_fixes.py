@@ -203,7 +203,8 @@ def test_no_psutil_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_split_weights_count_in_the_gradient_norm(case: Case) -> None:
-    """Megatron-Core marks split weights only while it initialises them. All gradients 1: the norm is sqrt(parameters)."""
+    """Megatron-Core marks split weights only while it initialises them. With all gradients 1 the norm is
+    sqrt(parameters)."""
 
     def norm(device: torch.device, tensor: int) -> float:
         with grid(replace(case, tensor=tensor).parallel, device, 0) as context:

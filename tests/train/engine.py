@@ -36,7 +36,7 @@ class Case:
     overlap: bool = False
     dtype: str = "float32"
     recompute: str = "none"
-    budget: Budget = Budget(96)
+    budget: Budget = field(default_factory=lambda: Budget(96))
     steps: int = 2
     batch: int = 8
     learning_rate: float = 1e-3

@@ -1,7 +1,6 @@
 """The grid does not matter: loss, every gradient and every updated weight agree on all of them."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 import torch
 from distributed import run_ranks
 from tiny import random_groups, write_llama
-from train.engine import Case, assemble, run, worst
 
 from megadpo.data.packing import Budget
+from train.engine import Case, assemble, run, worst
 
 VOCAB = 67  # does not divide by 2: the vocabulary is padded under tensor parallelism
 NOISE = 1e-5
