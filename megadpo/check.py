@@ -73,9 +73,7 @@ def _ranges(config: Config) -> list[str]:
         if not good
     ]
     if not config.export.max_shard_size_gb > 0:
-        found.append(
-            f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual"
-        )
+        found.append(f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual")
     return found
 
 
@@ -90,11 +88,7 @@ def _paths(config: Config) -> list[str]:
         "data.cache_dir": config.data.cache_dir,
         "export.path": config.export.path,
     }
-    found = [
-        f'{name} = "": must be a path'
-        for name, path in given.items()
-        if path is not None and not path.strip()
-    ]
+    found = [f'{name} = "": must be a path' for name, path in given.items() if path is not None and not path.strip()]
     if not config.data.train:
         found.append("data.train = []: must name at least one file, folder or Hub id")
     for name, entries in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -104,9 +98,7 @@ def _paths(config: Config) -> list[str]:
     for output in ("run_dir", "export.path"):
         for name, path in inputs.items():
             if given[output] and _same(given[output], path):
-                found.append(
-                    f"{output} = {given[output]}: is also {name} and would overwrite it; give another folder"
-                )
+                found.append(f"{output} = {given[output]}: is also {name} and would overwrite it; give another folder")
     return found
 
 
@@ -145,18 +137,14 @@ def _combinations(config: Config) -> list[str]:
             f"parallel.tensor_model_parallel_size ({tensor}) under parallel.sequence_parallel"
         )
     if train.eval_steps > 0 and not config.data.eval:
-        found.append(
-            f"train.eval_steps = {train.eval_steps}: needs data.eval; give held-out data or set it to 0"
-        )
+        found.append(f"train.eval_steps = {train.eval_steps}: needs data.eval; give held-out data or set it to 0")
     if 0 < (train.max_steps or 0) < (config.optimizer.warmup_steps or 0):
         found.append(
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: must be at most train.max_steps "
             f"({train.max_steps}), else the learning rate never gets to its peak"
         )
     if config.log.wandb_mode == "offline" and config.log.wandb_project is None:
-        found.append(
-            "log.wandb_mode = offline: does nothing without log.wandb_project; name a project or leave it out"
-        )
+        found.append("log.wandb_mode = offline: does nothing without log.wandb_project; name a project or leave it out")
     return found
 
 
@@ -183,8 +171,7 @@ def check_grid(
     found = []
     if misfits:
         found.append(
-            f"{given}: must divide {' and '.join(misfits)}; sizes that fit this model: "
-            f"{', '.join(map(str, fitting))}"
+            f"{given}: must divide {' and '.join(misfits)}; sizes that fit this model: {', '.join(map(str, fitting))}"
         )
     if pipeline * virtual > num_layers:
         chunks = f" x virtual_pipeline_model_parallel_size = {virtual}" if virtual > 1 else ""

@@ -81,9 +81,7 @@ def _parser() -> Parser:
     inspect.add_argument("--group", type=int, default=0, metavar="N", help="its number, from 0")
     inspect.add_argument("--eval", action="store_true", help="of data.eval, not of data.train")
     inspect.add_argument("--ids", action="store_true", help="print token ids too")
-    export = add(
-        "export", _export, "Write a run's newest checkpoint as a Hugging Face folder.", run_file=False
-    )
+    export = add("export", _export, "Write a run's newest checkpoint as a Hugging Face folder.", run_file=False)
     export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
     export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
@@ -192,9 +190,7 @@ def _export(options: argparse.Namespace) -> int:
     source, shard_bytes = Path(config.model.path).expanduser(), int(config.export.max_shard_size_gb * 1e9)
     screen = Screen(Terminal())
     with screen.task("export: bytes", None) as task:
-        export_hf(
-            checkpoint, source, out, config.export.dtype, shard_bytes, lambda done, total: task.to(done)
-        )
+        export_hf(checkpoint, source, out, config.export.dtype, shard_bytes, lambda done, total: task.to(done))
     screen.line(f"{checkpoint} exported to {out}")
     return 0
 

@@ -93,6 +93,8 @@ class BatchConfig:
     micro_batch_tokens: int | None = None
     """Token budget of a micro-batch: every micro-batch of the run is one stream of exactly so many tokens. Where
     not given it is chosen from the data and written in the log."""
+    share_prompt: bool = True
+    """A prompt stands once in the stream for all its responses. false: once for each; same numbers, more work."""
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,7 @@ def unknown_key(key: str, names: list[str], section: str) -> str:
     meant = meant or [ALSO_CALLED[name] for name in [key] if name in ALSO_CALLED]
     meant = meant or [prefix + close for close in get_close_matches(key, names, 1)]
     meant = meant or [homes[close][0] for close in get_close_matches(key, list(homes), 1, cutoff=0.75)]
-    advice = (
-        f"did you mean {' or '.join(meant)}?"
-        if meant
-        else f"{section or 'a run file'} has {', '.join(names)}"
-    )
+    advice = f"did you mean {' or '.join(meant)}?" if meant else f"{section or 'a run file'} has {', '.join(names)}"
     return f"{prefix}{key}: unknown key; {advice}"
 
 

@@ -36,9 +36,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; mend the YAML there") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: is not a mapping; a run file is a mapping of keys such as run_dir, model and data"
-        )
+        raise ConfigError(f"{path}: is not a mapping; a run file is a mapping of keys such as run_dir, model and data")
     return tree, lines
 
 

@@ -73,9 +73,7 @@ def compare(theirs: Sequence[Record], ours: Sequence[Record], steps: int, limits
         for name, value in row.items():
             limit = limits.of(name)
             if math.isnan(value):
-                faults.append(
-                    f"step {step}: {name} is not a number ({mine.get(name)}, TRL {other.get(name)})"
-                )
+                faults.append(f"step {step}: {name} is not a number ({mine.get(name)}, TRL {other.get(name)})")
             elif limit is not None and value > limit:
                 faults.append(f"step {step}: {name} differs by {value:.2e}, over {limit:.0e}")
     for side, records in sides.items():
@@ -104,24 +102,27 @@ def _worst(values: Sequence[float]) -> float:
     return math.nan if not values or any(map(math.isnan, values)) else max(values)
 
 
+def _heading(name: str) -> str:
+    """In two lines, so that a table of all metrics is narrow."""
+    return name.replace("/", "/\n")
+
+
 def step_table(title: str, comparison: Comparison, ours: Sequence[Record], limits: Limits) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("step", "loss", *(f"d {name}" for name in SHOWN)):
+    for heading in ("step", "loss", *(f"d {_heading(name)}" for name in SHOWN)):
         table.add_column(heading, justify="right")
     losses = {step: _number(record["loss"]) for step, record in _by_step(ours).items()}
     for step, row in comparison.differences.items():
         table.add_row(str(step), f"{losses[step]:.6f}", *(f"{row[name]:.1e}" for name in SHOWN))
     table.add_section()
     table.add_row("largest", "", *(f"{value:.1e}" for value in comparison.largest().values()))
-    table.add_row(
-        "limit", "", *("" if limits.of(name) is None else f"{limits.of(name):.0e}" for name in SHOWN)
-    )
+    table.add_row("limit", "", *("" if limits.of(name) is None else f"{limits.of(name):.0e}" for name in SHOWN))
     return table
 
 
 def summary_table(comparisons: Mapping[str, Comparison]) -> Table:
     table = Table(title="largest difference of any step; of grad_norm relative", title_justify="left")
-    for heading in ("grid", *SHOWN, "verdict"):
+    for heading in ("grid", *map(_heading, SHOWN), "verdict"):
         table.add_column(heading, justify="left" if heading == "grid" else "right")
     for grid, comparison in comparisons.items():
         largest = (f"{value:.1e}" for value in comparison.largest().values())

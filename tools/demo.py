@@ -83,9 +83,7 @@ def load(folder: Path) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise DemoError(f"{folder}: transformers cannot load the export: {error}") from error
@@ -134,8 +132,7 @@ def answer(loaded: Loaded, prompt: list[dict[str, str]], seed: int) -> str:
 def show(loaded: Loaded, pairs: list[dict[str, Any]]) -> Shown:
     """Ask the model every held-out question."""
     hits = [
-        answer_logp(loaded, pair["prompt"], pair["chosen"])
-        > answer_logp(loaded, pair["prompt"], pair["rejected"])
+        answer_logp(loaded, pair["prompt"], pair["chosen"]) > answer_logp(loaded, pair["prompt"], pair["rejected"])
         for pair in pairs
     ]
     answers = tuple(answer(loaded, pair["prompt"], seed) for seed, pair in enumerate(pairs))
@@ -147,8 +144,7 @@ def verdict(before: Shown, after: Shown) -> None:
     """Raises DemoError where training did not raise the held-out preference accuracy."""
     if not after.accuracy > before.accuracy:
         raise DemoError(
-            "held-out preference accuracy did not rise: "
-            f"{before.accuracy:.0%} before, {after.accuracy:.0%} after"
+            f"held-out preference accuracy did not rise: {before.accuracy:.0%} before, {after.accuracy:.0%} after"
         )
 
 
@@ -163,9 +159,7 @@ def story(console: Console, pairs: list[dict[str, Any]], before: Shown, after: S
     for heading in ("", "before DPO", "after DPO"):
         table.add_column(heading, justify="left" if not heading else "right")
     table.add_row("preference accuracy", f"{before.accuracy:.0%}", f"{after.accuracy:.0%}")
-    table.add_row(
-        f"cheerful answers (temperature {TEMPERATURE})", f"{before.cheerful:.0%}", f"{after.cheerful:.0%}"
-    )
+    table.add_row(f"cheerful answers (temperature {TEMPERATURE})", f"{before.cheerful:.0%}", f"{after.cheerful:.0%}")
     console.print(table)
     console.print(f"{SHOWN} of the questions that it answered gloomily before:")
     for number in examples(before):
@@ -203,9 +197,7 @@ def main(settings: Sequence[str]) -> int:
         console.print(f"[red]demo failed:[/red] {error}", highlight=False)
         return 1
     seconds = time.monotonic() - started
-    console.print(
-        f"\n{os.path.relpath(WORK / 'dpo' / 'export')} is a Hugging Face folder. {seconds:.0f} s in all."
-    )
+    console.print(f"\n{os.path.relpath(WORK / 'dpo' / 'export')} is a Hugging Face folder. {seconds:.0f} s in all.")
     return 0
 
 

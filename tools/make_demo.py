@@ -252,9 +252,7 @@ def write_tokenizer(folder: Path, corpus: Iterator[str], vocab_size: int, positi
     )
     tokenizer.train_from_iterator(corpus, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"the corpus gives {tokenizer.get_vocab_size()} tokens, not {vocab_size}: ask for fewer"
-        )
+        raise ValueError(f"the corpus gives {tokenizer.get_vocab_size()} tokens, not {vocab_size}: ask for fewer")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -70,9 +70,7 @@ class Grid:
     vpp: int | None = None
 
     def __str__(self) -> str:
-        sizes = [
-            f"{name}{size}" for name, size in (("TP", self.tp), ("PP", self.pp), ("DP", self.dp)) if size > 1
-        ]
+        sizes = [f"{name}{size}" for name, size in (("TP", self.tp), ("PP", self.pp), ("DP", self.dp)) if size > 1]
         chunks = [f"VPP{self.vpp}"] if self.vpp else []
         return " x ".join([*sizes, *chunks] or ["TP1"]) + (" + SP" if self.sp else "")
 
@@ -97,15 +95,11 @@ def token_ids(task: Task, cache: Path) -> list[dict[str, list[int]]]:
     for number in range(needed):
         group = store.group(number)
         chosen, rejected = (ids.tolist() for ids in group.response_ids)
-        pairs.append(
-            {"prompt_ids": group.prompt_ids.tolist(), "chosen_ids": chosen, "rejected_ids": rejected}
-        )
+        pairs.append({"prompt_ids": group.prompt_ids.tolist(), "chosen_ids": chosen, "rejected_ids": rejected})
     return pairs
 
 
-def trl_records(
-    task: Task, pairs: list[dict[str, list[int]]], folder: Path, cache: Path | None
-) -> list[Record]:
+def trl_records(task: Task, pairs: list[dict[str, list[int]]], folder: Path, cache: Path | None) -> list[Record]:
     """TRL's step records, from the cache file where it holds this very task."""
     key = {
         "trl": version("trl"),
@@ -186,9 +180,7 @@ def read_jsonl(path: Path) -> list[Record]:
 
 def _run(side: str, command: list[str]) -> None:
     """Raises SideFailedError with the end of what the command said."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
         said = "\n".join(done.stdout.splitlines()[-20:])
         raise SideFailedError(f"{side}: exit code {done.returncode}\n{said}")
@@ -212,9 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--sp", action="store_true")
     parser.add_argument("--vpp", type=int, help="model chunks per pipeline rank")
-    parser.add_argument(
-        "--grids", action="store_true", help=f"instead of one grid: {', '.join(map(str, GRIDS))}"
-    )
+    parser.add_argument("--grids", action="store_true", help=f"instead of one grid: {', '.join(map(str, GRIDS))}")
     parser.add_argument("--trl-cache", type=Path, help="file that keeps TRL's numbers for the next call")
     parser.add_argument("--limit-loss", type=float, default=Limits.loss, help="nats")
     parser.add_argument("--limit-logps", type=float, default=Limits.logps, help="nats")
@@ -248,9 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ours = megadpo_records(task, grid, Path(scratch) / f"grid{number}")
                 comparison = compare(theirs, ours, task.steps, limits)
                 comparisons[str(grid)] = comparison
-                console.print(
-                    step_table(f"{grid}: |megadpo - TRL|, of grad_norm relative", comparison, ours, limits)
-                )
+                console.print(step_table(f"{grid}: |megadpo - TRL|, of grad_norm relative", comparison, ours, limits))
                 for fault in comparison.faults:
                     console.print(f"  {fault}", highlight=False)
     except (SideFailedError, MegadpoError) as error:

@@ -61,12 +61,9 @@ class TrlRun:
         found = []
         if self.batch % (self.micro_batch or self.batch):
             found.append(f"--micro-batch {self.micro_batch} does not divide --batch {self.batch}")
-        if (
-            self.micro_batch not in (None, self.batch)
-            and self.steps * self.batch > pairs - pairs % self.batch
-        ):
+        if self.micro_batch not in (None, self.batch) and self.steps * self.batch > pairs - pairs % self.batch:
             found.append(
-                f"{self.steps} steps of {self.batch} do not fit whole into {pairs} pairs: with --micro-batch, "
+                f"{self.steps} steps of {self.batch} do not fit whole into {pairs} pairs: with --micro-batch "
                 "TRL's means would weigh the pairs of a cut batch otherwise; give more pairs or fewer steps"
             )
         return found
@@ -105,9 +102,7 @@ def check_batch(batch: dict[str, Any], given: Sequence[dict[str, list[int]]]) ->
     """AssertionError unless the collated batch is exactly the given pairs: chosen first, then rejected."""
     want = [(pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids") for pair in given]
     if batch_sequences(batch) != want:
-        raise AssertionError(
-            "TRL's batch is not the pairs that were given: ids added, cut or in another order"
-        )
+        raise AssertionError("TRL's batch is not the pairs that were given: ids added, cut or in another order")
 
 
 def train(

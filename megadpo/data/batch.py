@@ -64,25 +64,34 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def stream_tokens(store: GroupStore) -> np.ndarray:
-    """int64 [G]: rows of the stream that each group takes."""
-    responses = np.add.reduceat(store.response_lengths.astype(np.int64), store.offsets[:-1])
-    return store.prompt_lengths.astype(np.int64) - 1 + responses
+def stream_tokens(store: GroupStore, share: bool = True) -> np.ndarray:
+    """int64 [G]: rows of the stream that each group takes, with its prompt once (share) or once per response."""
+    prompt, response, group_S = _lengths(store)
+    copies = 1 if share else np.diff(store.offsets)
+    return (prompt * copies + np.bincount(group_S, response, len(prompt))).astype(np.int64)
 
 
-def attention_area(store: GroupStore) -> np.ndarray:
+def attention_area(store: GroupStore, share: bool = True) -> np.ndarray:
     """float64 [G]: attended pairs of rows in each group; what attention costs beyond the linear layers."""
-    prompt = store.prompt_lengths.astype(np.float64) - 1
-    response = store.response_lengths.astype(np.float64)
-    group_S = np.repeat(np.arange(len(prompt)), np.diff(store.offsets))
+    prompt, response, group_S = _lengths(store)
     own = response * (response + 1) / 2 + response * prompt[group_S]
-    return prompt * (prompt + 1) / 2 + np.add.reduceat(own, store.offsets[:-1])
+    copies = 1 if share else np.diff(store.offsets)
+    return prompt * (prompt + 1) / 2 * copies + np.bincount(group_S, own, len(prompt))
 
 
-def pack(store: GroupStore, groups: Sequence[int], length: int, reference: np.ndarray | None) -> PackedBatch:
+def _lengths(store: GroupStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of each prompt [G] (its last token belongs to the responses), rows of each response [S], and its group [S]."""
+    prompt = store.prompt_lengths.astype(np.float64) - 1
+    return prompt, store.response_lengths.astype(np.float64), np.repeat(np.arange(len(prompt)), np.diff(store.offsets))
+
+
+def pack(
+    store: GroupStore, groups: Sequence[int], length: int, reference: np.ndarray | None, share: bool = True
+) -> PackedBatch:
     """Lay the groups out in a stream of exactly `length` rows. `groups` may be empty; then all rows are padding.
 
-    reference: float32 [S of the store], or None.
+    reference: float32 [S of the store], or None. share: a prompt stands once for all its responses; otherwise once for
+    each, which costs more and gives the same numbers.
     """
     tokens = np.zeros(length, dtype=np.int64)
     positions = np.zeros(length, dtype=np.int64)
@@ -95,19 +104,23 @@ def pack(store: GroupStore, groups: Sequence[int], length: int, reference: np.nd
     for number in groups:
         group = store.group(number)
         prompt = group.prompt_ids
-        prefix = (at, at + len(prompt) - 1)
-        tokens[prefix[0] : prefix[1]] = prompt[:-1]
-        positions[prefix[0] : prefix[1]] = np.arange(len(prompt) - 1)
-        if len(prompt) > 1:
-            segments.append(Segment(*prefix, prefix[0], prefix[0]))
-        at = prefix[1]
+        before = len(prompt) - 1
+        prefix = (at, at)
+        if share:
+            prefix = (at, at + before)
+            tokens[at : at + before] = prompt[:-1]
+            positions[at : at + before] = np.arange(before)
+            if before:
+                segments.append(Segment(*prefix, at, at))
+            at += before
         for response in group.response_ids:
-            end = at + len(response)
-            tokens[at] = prompt[-1]
-            tokens[at + 1 : end] = response[:-1]
-            positions[at:end] = np.arange(len(prompt) - 1, len(prompt) - 1 + len(response))
-            segments.append(Segment(at, end, *prefix))
-            rows.append(np.arange(at, end))
+            own = prompt[-1:] if share else prompt
+            end = at + len(own) + len(response) - 1
+            tokens[at : at + len(own)] = own
+            tokens[at + len(own) : end] = response[:-1]
+            positions[at:end] = np.arange(end - at) + (before if share else 0)
+            segments.append(Segment(at, end, *(prefix if share else (at, at))))
+            rows.append(np.arange(end - len(response), end))
             targets.append(response)
             at = end
         offsets.append(offsets[-1] + len(group.response_ids))

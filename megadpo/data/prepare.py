@@ -4,47 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadpo.data.processes import Job, tokenize_all
 from megadpo.data.records import Dropped, Group, read_groups
+from megadpo.data.report import Tally
 from megadpo.data.sources import source_digest
-from megadpo.data.store import HEADER_FILE, GroupStore, PrepareReport, StoreWriter, storage_errors
-from megadpo.data.tokenize import RULES, Tokenized, tokenize_group
+from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter, storage_errors
+from megadpo.data.tokenize import RULES, Tokenized
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
-from megadpo.errors import ConfigError, DataError, MachineError, StorageError, TokenizerError
+from megadpo.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:  # the run file's types bring torch with them, which tokenising processes do not need
     from megadpo.config import DataConfig
 
-CHUNK = 256
-"""Groups that a process tokenises at a time; one record batch of the store."""
-SMALL = 2048
-"""A data set of at most so many groups is done sooner than other processes are started."""
-EXAMPLES = 3
 WAIT_SECONDS = 6 * 3600.0
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 10.0
 """How long a note of failure must lie before it is believed: an older one is cleared away by the next
 attempt."""
-
-Item = Group | Dropped
-Outcome = Tokenized | Dropped
 
 
 def prepare(
@@ -65,9 +51,7 @@ def prepare(
     if (folder / HEADER_FILE).is_file():
         return GroupStore.open(folder)
     if data.max_length < 2:
-        raise ConfigError(
-            f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more"
-        )
+        raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
     with _note_of_failure(folder):
         _make(folder, sources, data, model_path, tokenizer, responses, on_progress)
     return GroupStore.open(folder)
@@ -111,9 +95,7 @@ def prepare_or_wait(
     return wait_for(store_folder(sources, data, tokenizer, responses), timeout_s)
 
 
-def store_folder(
-    sources: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer, responses: int | None
-) -> Path:
+def store_folder(sources: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer, responses: int | None) -> Path:
     """cache_dir/<digest of all that decides which ids come out, and of nothing else>."""
     decides = {
         "rules": RULES,
@@ -139,7 +121,7 @@ def _make(
 ) -> None:
     """Writes beside `folder` and renames at the end, so that `folder` is a whole store or is not there."""
     start = time.monotonic()
-    job = _Job(
+    job = Job(
         data.tokenizer or model_path,
         data.chat_template,
         tokenizer.digest,
@@ -151,9 +133,9 @@ def _make(
     with storage_errors(temporary):
         temporary.mkdir(parents=True)
     try:
-        tally = _Tally()
+        tally = Tally()
         with StoreWriter(temporary, tokenizer.vocab_size) as writer:
-            for outcomes in _tokenize(_items(sources, data, responses), tokenizer, job, _processes(data)):
+            for outcomes in tokenize_all(_items(sources, data, responses), tokenizer, job, _processes(data)):
                 writer.add([outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)])
                 for outcome in outcomes:
                     tally.add(outcome)
@@ -178,7 +160,7 @@ def _publish(temporary: Path, folder: Path) -> None:
                 raise
 
 
-def _items(sources: tuple[str, ...], data: DataConfig, responses: int | None) -> Iterator[Item]:
+def _items(sources: tuple[str, ...], data: DataConfig, responses: int | None) -> Iterator[Group | Dropped]:
     for source in sources:
         for item in read_groups(source, data.split, data.format):
             if isinstance(item, Group) and responses not in (None, len(item.responses)):
@@ -187,45 +169,6 @@ def _items(sources: tuple[str, ...], data: DataConfig, responses: int | None) ->
                     f"objective needs {responses}; give other data or another objective.loss_type"
                 )
             yield item
-
-
-class _Tally:
-    """Counts what became of the rows."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._counts: Counter[str] = Counter()
-        self._dropped: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
-
-    def add(self, outcome: Outcome) -> None:
-        self.rows += 1
-        if isinstance(outcome, Dropped):
-            self._dropped[outcome.reason] += 1
-            named = self._examples.setdefault(outcome.reason, [])
-            if len(named) < EXAMPLES:
-                named.append(outcome.origin)
-            return
-        self._counts["groups"] += 1
-        self._counts["truncated"] += outcome.prompt_cut or outcome.responses_cut
-        self._counts["responses_cut"] += outcome.responses_cut
-        self._counts["boundary_splits"] += outcome.boundary_splits
-        self._counts["headers_scored"] += outcome.header_scored
-        self._counts["conversations"] += outcome.from_template
-
-    def report(self, template: str, seconds: float) -> PrepareReport:
-        return PrepareReport(
-            rows_read=self.rows,
-            groups=self._counts["groups"],
-            dropped=dict(self._dropped),
-            examples=self._examples,
-            truncated=self._counts["truncated"],
-            responses_cut=self._counts["responses_cut"],
-            boundary_splits=self._counts["boundary_splits"],
-            headers_scored=self._counts["headers_scored"],
-            template=template if self._counts["conversations"] else "none",
-            seconds=seconds,
-        )
 
 
 @contextmanager
@@ -249,92 +192,5 @@ def _failure_note(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.failed")
 
 
-# Processes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that a tokenising process is told."""
-
-    tokenizer: str
-    chat_template: str | None
-    digest: str
-    max_length: int
-    truncation_mode: str
-
-
 def _processes(data: DataConfig) -> int:
     return data.num_proc or min(8, len(os.sched_getaffinity(0)))
-
-
-def _tokenize(
-    items: Iterator[Item], tokenizer: Tokenizer, job: _Job, processes: int
-) -> Iterator[list[Outcome]]:
-    """What becomes of the items, in their order, in lists of up to CHUNK."""
-    first = list(islice(items, SMALL + 1))
-    chunks = _chunks(chain(first, items))
-    if processes == 1 or len(first) <= SMALL:
-        for chunk in chunks:
-            yield _tokenize_chunk(chunk, tokenizer, job)
-        return
-    # Spawned, not forked: this process may have threads, and a fork keeps their locks but not the threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start_process) as pool:
-        waiting: deque[Future[list[Outcome]]] = deque()
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_work, chunk, job))
-                if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise MachineError(
-                "a tokenising process was killed, most likely for want of memory; lower data.num_proc"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
-
-
-def _tokenize_chunk(items: list[Item], tokenizer: Tokenizer, job: _Job) -> list[Outcome]:
-    return [
-        item
-        if isinstance(item, Dropped)
-        else tokenize_group(item, tokenizer, job.max_length, job.truncation_mode)
-        for item in items
-    ]
-
-
-def _start_process() -> None:
-    """The environment is changed here, in the child, and nowhere else."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its children."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(items: list[Item], job: _Job) -> list[Outcome]:
-    return _tokenize_chunk(items, _load_once(job), job)
-
-
-@cache
-def _load_once(job: _Job) -> Tokenizer:
-    tokenizer = load_tokenizer(job.tokenizer, job.chat_template)
-    if tokenizer.digest != job.digest:
-        raise TokenizerError(
-            f"{job.tokenizer}: the tokenizer changed while it was in use; prepare the data again"
-        )
-    return tokenizer

@@ -162,9 +162,7 @@ def _turn(item: Any, column: str) -> Turn:
         raise _MalformedError(f"a turn of `{column}` has role {role!r}; allowed: {', '.join(ROLES)}")
     if item.get("tool_calls"):
         raise LeaveOutError("a turn has tool calls, which megadpo does not support")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    ):
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(content, str):
         raise LeaveOutError(f"a turn has no text ({kind(content)})")
@@ -280,10 +278,7 @@ def _demonstration(row: Row) -> bool:
 
 
 def _is_transcript(row: Row) -> bool:
-    return (
-        _kinds(chosen=str, rejected=str)(row)
-        and _SPEAKER.match("\n\n" + row["chosen"].lstrip("\n")) is not None
-    )
+    return _kinds(chosen=str, rejected=str)(row) and _SPEAKER.match("\n\n" + row["chosen"].lstrip("\n")) is not None
 
 
 def _anything(row: Row) -> bool:
@@ -313,9 +308,7 @@ FORMATS = (
         _conversational_implicit,
     ),
     Format("hh_rlhf", ("chosen", "rejected"), _is_transcript, _hh_rlhf),
-    Format(
-        "trl_standard_implicit", ("chosen", "rejected"), _kinds(chosen=str, rejected=str), _standard_implicit
-    ),
+    Format("trl_standard_implicit", ("chosen", "rejected"), _kinds(chosen=str, rejected=str), _standard_implicit),
     Format("prompt_completion", ("prompt", "completion"), _demonstration, _prompt_completion),
     Format("messages", ("messages",), _demonstration, _messages),
     Format("text", ("text",), _demonstration, _plain_text),

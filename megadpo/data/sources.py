@@ -23,9 +23,7 @@ Row = dict[str, Any]
 
 BATCH_ROWS = 1000
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-ALLOWED = (
-    "give a .jsonl, .ndjson, .json, .parquet or .arrow file, a save_to_disk folder of `datasets`, or a Hub id"
-)
+ALLOWED = "give a .jsonl, .ndjson, .json, .parquet or .arrow file, a save_to_disk folder of `datasets`, or a Hub id"
 
 
 def read_rows(source: str, split: str | None) -> Iterator[tuple[str, Row]]:
@@ -99,9 +97,7 @@ def _parse_json(data: bytes, path: Path, first_line: int) -> Any:
         line = first_line + data.count(b"\n", 0, error.start)
         raise DataError(f"{path}:{line}: not valid UTF-8 ({error.reason}); save the file as UTF-8") from error
     except (RecursionError, ValueError) as error:
-        raise DataError(
-            f"{path}:{first_line}: JSON that cannot be read ({error}); mend or delete it"
-        ) from error
+        raise DataError(f"{path}:{first_line}: JSON that cannot be read ({error}); mend or delete it") from error
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -157,9 +153,7 @@ def _split_folder(path: Path, split: str | None) -> Path:
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         wanted = split or "train"
         if wanted not in splits:
-            raise DataError(
-                f"{path}: no split `{wanted}`; it has {', '.join(splits)}: set data.split to one of them"
-            )
+            raise DataError(f"{path}: no split `{wanted}`; it has {', '.join(splits)}: set data.split to one of them")
         return path / wanted
     if (path / "dataset_info.json").is_file():
         return path
@@ -197,9 +191,7 @@ def _load_from_hub(source: str, split: str | None) -> Any:
 
     try:
         return datasets.load_dataset(source, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the Hub client has dozens of kinds, and each of them means the same to the user
+    except Exception as error:  # the Hub client has dozens of kinds, and each of them means the same to the user
         raise DataError(
             f"{source}: neither a file or folder here nor a data set that can be had from the Hub "
             f"({_first_line(error)}); {ALLOWED}"

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from megadpo.data.report import PrepareReport
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.errors import StorageError
 
@@ -36,53 +37,6 @@ SCHEMA = pa.schema(
 )
 
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class PrepareReport:
-    """What became of the rows. dropped: reason -> groups. examples: reason -> the first few origins.
-
-    truncated: groups cut to max_length. responses_cut: those of them in which a response lost its end.
-    boundary_splits, headers_scored: see tokenize.Tokenized. template: where the chat template came from, or
-    "none".
-    """
-
-    rows_read: int
-    groups: int
-    dropped: dict[str, int]
-    examples: dict[str, list[str]]
-    truncated: int
-    responses_cut: int
-    boundary_splits: int
-    headers_scored: int
-    template: str
-    seconds: float
-
-    def lines(self) -> list[str]:
-        """For the log: one line for what was kept, and one for each thing that the user may want to know."""
-        lines = [f"{self.rows_read} rows read, {self.groups} groups kept, in {self.seconds:.1f} s"]
-        if self.template != "none":
-            lines.append(f"chat template: {self.template}")
-        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            named = ", ".join(self.examples[reason])
-            more = ", ..." if count > len(self.examples[reason]) else ""
-            lines.append(f"{count} dropped: {reason} ({named}{more})")
-        if self.truncated:
-            lines.append(
-                f"{self.truncated} groups cut to data.max_length, {self.responses_cut} of them at the end of "
-                "a response"
-            )
-        if self.boundary_splits:
-            lines.append(
-                f"{self.boundary_splits} responses tokenised apart from their prompt, as one token would "
-                "have held text of both"
-            )
-        if self.headers_scored:
-            lines.append(
-                f"{self.headers_scored} groups in which the assistant's header counts as response, as the "
-                "chat template writes another one for generation"
-            )
-        return lines
 
 
 @dataclass(frozen=True)
@@ -128,9 +82,7 @@ class GroupStore:
             if header["layout"] != LAYOUT:
                 raise StorageError(f"{folder}: a store of layout {header['layout']}, not {LAYOUT}; {again}")
             if size != header["bytes"]:
-                raise StorageError(
-                    f"{folder / GROUPS_FILE}: {size} bytes, but {header['bytes']} were written; {again}"
-                )
+                raise StorageError(f"{folder / GROUPS_FILE}: {size} bytes, but {header['bytes']} were written; {again}")
             reader = pa.ipc.open_file(pa.memory_map(str(folder / GROUPS_FILE)))
             chunks = [_chunk(reader.get_batch(number)) for number in range(reader.num_record_batches)]
             return cls(folder, header, chunks)
@@ -164,9 +116,7 @@ class GroupStore:
     def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
         """Keep the log-probabilities (nats, float32 [S]) of all responses under the reference `digest`."""
         if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
-            raise ValueError(
-                f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}"
-            )
+            raise ValueError(f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
         values = np.ascontiguousarray(logps_S)
         metadata = {"store": self.digest, "reference": digest, "sha256": _sha256(values)}
         schema = pa.schema([("logp", pa.float32())], metadata=metadata)
@@ -199,9 +149,7 @@ class GroupStore:
         if known.get("store") != self.digest or known.get("reference") != digest:
             raise StorageError(f"{path}: the reference column of other data or of another model; {again}")
         if known.get("sha256") != _sha256(values) or len(values) != len(self.response_lengths):
-            raise StorageError(
-                f"{path}: the reference column is damaged (its checksum does not fit); {again}"
-            )
+            raise StorageError(f"{path}: the reference column is damaged (its checksum does not fit); {again}")
         return values
 
     def _reference_file(self, digest: str) -> Path:
@@ -274,9 +222,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = error.strerror or str(error)
-        raise StorageError(
-            f"{path}: cannot be written ({what}); make room or set data.cache_dir elsewhere"
-        ) from error
+        raise StorageError(f"{path}: cannot be written ({what}); make room or set data.cache_dir elsewhere") from error
 
 
 def _record_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:

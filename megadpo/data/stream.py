@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megadpo.config import BatchConfig
 from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
 from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
@@ -27,6 +28,8 @@ class Stream:
     """Cost of one attended pair of rows, in units of the linear layers' cost of one row; balances the ranks."""
     seed: int = 0
     shuffle: bool = False
+    share: bool = True
+    """Whether a prompt stands once for all its responses."""
 
     def next_groups(self, consumed: int, count: int) -> np.ndarray:
         """int64 [count]: store numbers of the next groups; independent of the grid."""
@@ -34,24 +37,22 @@ class Stream:
 
     def bins(self, groups: np.ndarray) -> list[list[Bin]]:
         """For each rank its micro-batches, as tuples of store numbers."""
-        tokens = stream_tokens(self.store)[groups]
-        cost = tokens + self.pair_cost * attention_area(self.store)[groups]
+        tokens = stream_tokens(self.store, self.share)[groups]
+        cost = tokens + self.pair_cost * attention_area(self.store, self.share)[groups]
         dealt = deal(tokens, cost, self.budget, self.ranks, self.multiple)
         return [[tuple(int(groups[i]) for i in bin_) for bin_ in part] for part in dealt]
 
     def batches(self, groups: np.ndarray, rank: int, reference: np.ndarray | None) -> list[PackedBatch]:
         """This data-parallel rank's micro-batches of these groups, on the CPU."""
-        return [pack(self.store, bin_, self.budget.tokens, reference) for bin_ in self.bins(groups)[rank]]
+        return [pack(self.store, bin_, self.budget.tokens, reference, self.share) for bin_ in self.bins(groups)[rank]]
 
 
 def choose_budget(
     stores: list[GroupStore],
-    groups_per_step: int,
     ranks: int,
     pipeline: int,
     multiple_of: int,
-    asked: int | None,
-    most_groups: int | None,
+    batch: BatchConfig,
 ) -> Budget:
     """The token budget of a run: what was asked for, or a choice from the data.
 
@@ -59,7 +60,8 @@ def choose_budget(
     eighth of room for packing; at least the longest group, at most 8192 unless that is longer. Rounded up to
     `multiple_of` (sequence parallelism splits the stream). Raises ConfigError where a group is longer than asked.
     """
-    tokens = [stream_tokens(store) for store in stores]
+    asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
+    tokens = [stream_tokens(store, batch.share_prompt) for store in stores]
     longest = max(int(t.max()) for t in tokens)
     if asked is not None:
         if asked % multiple_of:
@@ -74,7 +76,7 @@ def choose_budget(
             )
         return Budget(asked, most_groups)
     mean = float(tokens[0].mean())
-    per_micro_batch = groups_per_step / ranks / (2 * pipeline if pipeline > 1 else 1)
+    per_micro_batch = batch.global_batch_size / ranks / (2 * pipeline if pipeline > 1 else 1)
     if most_groups is not None:
         per_micro_batch = min(per_micro_batch, most_groups)
     wanted = min(int(max(per_micro_batch, 1) * mean * 1.125), 8192)

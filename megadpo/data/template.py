@@ -106,8 +106,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def check_time(self) -> None:
         if time.monotonic() > self.deadline:
             raise TokenizerError(
-                "the chat template did not end in time for one conversation; "
-                "give another one with data.chat_template"
+                "the chat template did not end in time for one conversation; give another one with data.chat_template"
             )
 
     def _watched(self, items: Iterable[Any]) -> Iterator[Any]:

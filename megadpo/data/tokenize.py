@@ -73,9 +73,7 @@ class _Texts:
     header_scored: bool
 
 
-def tokenize_group(
-    group: Group, tokenizer: Tokenizer, max_length: int, truncation_mode: str
-) -> Tokenized | Dropped:
+def tokenize_group(group: Group, tokenizer: Tokenizer, max_length: int, truncation_mode: str) -> Tokenized | Dropped:
     """max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig."""
     try:
         texts = _texts(group, tokenizer)
@@ -120,9 +118,7 @@ def _rendered(prompt: tuple[Turn, ...], responses: list[tuple[Turn, ...]], token
     for turn in (turn for turns in (prompt, *responses) for turn in turns):
         if tokenizer.special_pattern.search(turn.content):
             raise LeaveOutError(SPECIAL_INSIDE)
-    whole = [
-        tokenizer.template.render((*prompt, *response), add_generation_prompt=False) for response in responses
-    ]
+    whole = [tokenizer.template.render((*prompt, *response), add_generation_prompt=False) for response in responses]
     for add_generation_prompt in (True, False):
         before = tokenizer.template.render(prompt, add_generation_prompt)
         if all(text.startswith(before) for text in whole):
@@ -150,9 +146,7 @@ def _until_end(text: str, ends: Mapping[str, int]) -> str:
 # Ids -------------------------------------------------------------------------------------------------------
 
 
-def _response_ids(
-    tokenizer: Tokenizer, texts: _Texts, prompt: list[int], response: str
-) -> tuple[list[int], bool]:
+def _response_ids(tokenizer: Tokenizer, texts: _Texts, prompt: list[int], response: str) -> tuple[list[int], bool]:
     """(ids with their EOS, whether they had to be tokenised apart from the prompt).
 
     Usually the ids of prompt + response begin with the prompt's, and the rest is the response. Where a token

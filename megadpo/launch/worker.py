@@ -67,9 +67,7 @@ def run_rank(config: Config, rank: Rank, job: Job, log: Path) -> Outcome:
                     traceback.print_exc()
                 raise
     except MegadpoError as error:
-        return Outcome(
-            rank.rank, "refused", error.exit_code, time.monotonic(), str(error), type(error).__name__
-        )
+        return Outcome(rank.rank, "refused", error.exit_code, time.monotonic(), str(error), type(error).__name__)
     except Interrupted as stop:
         return Outcome(rank.rank, "interrupted", 128 + stop.signum, time.monotonic())
     except BaseException as error:
@@ -125,9 +123,7 @@ def redirected(log: Path, keep_terminal: bool) -> Iterator[None]:
         file.close()
 
 
-def rank_main(
-    config: Config, rank: Rank, job: Job, log: Path, folder: Path, parent: int, threads: int | None
-) -> None:
+def rank_main(config: Config, rank: Rank, job: Job, log: Path, folder: Path, parent: int, threads: int | None) -> None:
     """A process of a local start, from its first line to its last; it begins with the stop signals blocked.
 
     folder: where the Outcome is left for the parent. parent: its process id. threads: torch's, if limited.

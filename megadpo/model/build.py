@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import ModelShape
-from megadpo.model.attention import SegmentAttention
+from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.policy import Policy
 from megadpo.model.rope import inverse_frequencies
 from megadpo.parallel import mcore_fixes
@@ -126,7 +126,7 @@ def with_bias(layer: type) -> type:
 
 
 def block_spec(
-    config: TransformerConfig, shape: ModelShape, stage: int | None
+    config: TransformerConfig, shape: ModelShape, stage: int | None, attention_backend: Backend
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     if mcore_fixes.have_te():
@@ -138,7 +138,7 @@ def block_spec(
         layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
         final_norm = SequenceParallelRMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SegmentAttention
+    attention.core_attention = ModuleSpec(SegmentAttention, params={"backend": attention_backend})
     if shape.proj_bias:
         attention.linear_proj = with_bias(attention.linear_proj)
     if shape.mlp_bias:
@@ -168,11 +168,12 @@ def build_chunks(
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled."""
     config = transformer_config(shape, parallel, dtype, recompute, context.device)
+    backend = choose_backend(context.device, DTYPES[dtype])
     chunks = []
     for stage, first, last in context.stages():
         chunk = Policy(
             config,
-            block_spec(config, shape, stage),
+            block_spec(config, shape, stage, backend),
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,
@@ -183,6 +184,7 @@ def build_chunks(
             pg_collection=context.groups,
             vp_stage=stage,
             valid_vocab=shape.vocab_size,
+            attention=backend,
         )
         mark_tensor_parallel(chunk)
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(context.device)

@@ -8,7 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
-from megadpo.model.attention import stream_params
+from megadpo.model.attention import Backend, stream_params
 from megadpo.model.head import LogprobHead
 
 
@@ -18,8 +18,9 @@ class Policy(GPTModel):
     Everything else is Megatron-Core's: parameters, initialisation, checkpoint keys, pipeline input.
     """
 
-    def __init__(self, *args: Any, valid_vocab: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, valid_vocab: int, attention: Backend, **kwargs: Any) -> None:
         self.valid_vocab = valid_vocab
+        self.attention = attention
         super().__init__(*args, **kwargs)
 
     def setup_embeddings_and_output_layer(self) -> None:
@@ -54,7 +55,7 @@ class Policy(GPTModel):
             hidden_states=hidden_TD,
             attention_mask=None,
             rotary_pos_emb=rotary,
-            packed_seq_params=stream_params(batch.segments, batch.tokens_T.device),
+            packed_seq_params=stream_params(batch, self.attention),
         )
 
     def tied_weight(self) -> Tensor | None:

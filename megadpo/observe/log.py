@@ -91,9 +91,7 @@ class RunLog:
             self._file.write(line + "\n")
             self._file.flush()
             for tracker in self._trackers:
-                tracker.log(
-                    int(record["step"]), {name: value for name, value in record.items() if name != "step"}
-                )
+                tracker.log(int(record["step"]), {name: value for name, value in record.items() if name != "step"})
         held_out = {name[len(HELD_OUT) :]: record[name] for name in record if name.startswith(HELD_OUT)}
         if held_out:
             self.line(f"step {record['step']:,}, held-out data  {'  '.join(numbers(held_out))}")

@@ -52,9 +52,7 @@ class Screen:
     Losing the terminal never stops a run: drawing just ends.
     """
 
-    def __init__(
-        self, console: Console, now: Callable[[], float] = time.monotonic, every: float = 10.0
-    ) -> None:
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic, every: float = 10.0) -> None:
         """now: seconds, any clock that only goes forward. every: seconds between lines without a terminal."""
         self.now = now
         self.pause = 0.1 if console.is_terminal else every

@@ -24,9 +24,7 @@ class Tracker(Protocol):
 def check_trackers(log: LogConfig) -> None:
     """Raises MachineError where a package or a key is missing; nothing is written and no network is used."""
     if log.tensorboard and not _installed("tensorboard"):
-        raise MachineError(
-            f"log.tensorboard = true: the package tensorboard is missing; {INSTALL}, or leave it out"
-        )
+        raise MachineError(f"log.tensorboard = true: the package tensorboard is missing; {INSTALL}, or leave it out")
     if log.wandb_project is None:
         return
     if not _installed("wandb"):

@@ -70,9 +70,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Rank:
         step = _number(environment, "SLURM_JOB_ID", 0) * 16 + _number(environment, "SLURM_STEP_ID", 0)
         port = FIRST_PORT + step % PORTS
     if not host:
-        raise MachineError(
-            "SLURM_STEP_NODELIST is empty: set MASTER_ADDR to the first node and MASTER_PORT to a port"
-        )
+        raise MachineError("SLURM_STEP_NODELIST is empty: set MASTER_ADDR to the first node and MASTER_PORT to a port")
     tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     node = _number(environment, "SLURM_NODEID", 0)
     world = _number(environment, "SLURM_STEP_NUM_TASKS")

@@ -72,7 +72,7 @@ def fit(
     A checkpoint is there when this returns, whichever it was.
     """
     length = run_length(config, len(train.stream.store))
-    tokens_G = stream_tokens(train.stream.store)
+    tokens_G = stream_tokens(train.stream.store, train.stream.share)
 
     def save() -> None:
         run_dir = Path(config.run_dir).expanduser()

@@ -131,21 +131,12 @@ def _streams(
     config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext
 ) -> list[Stream]:
     """The training stream, then the held-out one where there is one; one token budget for both."""
-    batch = config.batch
-    budget = choose_budget(
-        stores,
-        batch.global_batch_size,
-        context.data_size,
-        context.pipeline_size,
-        context.tensor_size if context.sequence_parallel else 1,
-        batch.micro_batch_tokens,
-        batch.micro_batch_size,
-    )
+    multiple_of = context.tensor_size if context.sequence_parallel else 1
+    budget = choose_budget(stores, context.data_size, context.pipeline_size, multiple_of, config.batch)
     multiple = context.pipeline_size if context.virtual_size > 1 else 1
     cost = inputs.shape.attended_pair_cost
-    return [
-        Stream(store, budget, context.data_size, multiple, cost, config.seed, config.train.shuffle) for store in stores
-    ]
+    seed, shuffle, share = config.seed, config.train.shuffle, config.batch.share_prompt
+    return [Stream(store, budget, context.data_size, multiple, cost, seed, shuffle, share) for store in stores]
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
@@ -221,7 +212,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference
     reference = config.reference.path or "its own initial weights"
-    tokens = stream_tokens(inputs.train)
+    tokens = stream_tokens(inputs.train, stream.share)
     return [
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",

@@ -207,9 +207,7 @@ def test_a_mistake_comes_without_megatron(folder):
         "assert 'megatron' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "megadpo: error: command line: sed: unknown key; did you mean seed?\n"
 

@@ -266,9 +266,7 @@ def test_a_mistake_in_an_override(load, override, expected):
 
 
 def test_an_override_below_a_section_that_is_wrong(load):
-    assert complaint(load, "train: 3\n", "train.max_steps=5").startswith(
-        "run.yaml:6: train = 3: must be a section"
-    )
+    assert complaint(load, "train: 3\n", "train.max_steps=5").startswith("run.yaml:6: train = 3: must be a section")
 
 
 # ---- writing
@@ -328,9 +326,7 @@ def test_yaml_that_the_schema_calls_default_is_the_default(load):
 # ---- the grid
 
 
-def grid_problems(
-    tensor=1, pipeline=1, virtual=None, world=None, heads=8, groups=4, layers=5, ffn=192, channels=8
-):
+def grid_problems(tensor=1, pipeline=1, virtual=None, world=None, heads=8, groups=4, layers=5, ffn=192, channels=8):
     grid = ParallelConfig(tensor, pipeline, virtual)
     config = Config("r", ModelConfig("m"), DataConfig(("d",)), parallel=grid)
     return check_grid(config, heads, groups, layers, ffn, world, channels)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import MemoryStore, random_groups
 
+from megadpo.config import BatchConfig
 from megadpo.data.batch import Segment, attention_area, pack, stream_tokens
 from megadpo.data.packing import Budget
 from megadpo.data.stream import Stream, choose_budget
@@ -40,12 +41,22 @@ def test_one_token_prompt_has_no_prefix() -> None:
     assert batch.segments == (Segment(0, 1, 0, 0), Segment(1, 2, 0, 0))
 
 
+def test_without_sharing_every_response_has_its_prompt() -> None:
+    batch = pack(store(([10, 11, 12, 13], [[20, 21, 22], [30, 31]])), [0], 12, None, share=False)
+    assert batch.tokens_T.tolist() == [10, 11, 12, 13, 20, 21, 10, 11, 12, 13, 30, 0]
+    assert batch.positions_T.tolist()[:11] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]
+    assert batch.rows_N.tolist() == [3, 4, 5, 9, 10]
+    assert batch.targets_N.tolist() == [20, 21, 22, 30, 31]
+    assert batch.segments == (Segment(0, 6, 0, 0), Segment(6, 11, 6, 6))
+
+
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("responses", [1, 2, 5])
-def test_lengths_and_areas(responses: int) -> None:
+def test_lengths_and_areas(responses: int, share: bool) -> None:
     groups = random_groups(20, responses=responses)
-    tokens, area = stream_tokens(groups), attention_area(groups)
+    tokens, area = stream_tokens(groups, share), attention_area(groups, share)
     for number in range(20):
-        batch = pack(groups, [number], int(tokens[number]), None)
+        batch = pack(groups, [number], int(tokens[number]), None, share)
         assert batch.used == tokens[number]
         attended = sum(
             (s.end - s.start) * (s.end - s.start + 1) // 2 + (s.end - s.start) * (s.prefix_end - s.prefix_start)
@@ -81,18 +92,18 @@ def test_the_same_global_batch_on_every_grid() -> None:
 def test_budget_asked_for() -> None:
     groups = random_groups(10)
     longest = int(stream_tokens(groups).max())
-    assert choose_budget([groups], 8, 1, 1, 2, 64, None) == Budget(64, None)
+    assert choose_budget([groups], 1, 1, 2, BatchConfig(micro_batch_tokens=64)) == Budget(64, None)
     with pytest.raises(ConfigError, match="must be a multiple of 2"):
-        choose_budget([groups], 8, 1, 1, 2, 63, None)
+        choose_budget([groups], 1, 1, 2, BatchConfig(micro_batch_tokens=63))
     with pytest.raises(ConfigError, match=f"the longest group takes {longest} tokens"):
-        choose_budget([groups], 8, 1, 1, 1, longest - 1, None)
+        choose_budget([groups], 1, 1, 1, BatchConfig(micro_batch_tokens=longest - 1))
 
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8])
 def test_budget_chosen(pipeline: int, multiple: int) -> None:
     groups = random_groups(50)
-    budget = choose_budget([groups], 32, 2, pipeline, multiple, None, None)
+    budget = choose_budget([groups], 2, pipeline, multiple, BatchConfig(global_batch_size=32))
     assert budget.tokens % multiple == 0
     assert budget.tokens >= stream_tokens(groups).max()
     assert budget.tokens < stream_tokens(groups).sum()

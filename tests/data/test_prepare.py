@@ -20,6 +20,7 @@ from vocabularies import byte_level, metaspace_bpe, save, sentencepiece_model
 
 from megadpo.config import DataConfig
 from megadpo.data import prepare as room
+from megadpo.data import processes
 from megadpo.data import store as store_room
 from megadpo.data.prepare import prepare, prepare_or_wait, store_folder, wait_for
 from megadpo.data.store import GroupStore
@@ -77,7 +78,7 @@ def test_prepare(data: DataConfig, model: str) -> None:
 
 def test_second_time_nothing_is_done(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(data.train, data, model, 2)
-    monkeypatch.setattr(room, "tokenize_group", None)
+    monkeypatch.setattr(processes, "tokenize_group", None)
     again = prepare(data.train, data, model, 2)
     assert (again.folder, again.digest) == (first.folder, first.digest)
     assert contents(again) == contents(first)
@@ -191,9 +192,7 @@ def test_trap_14_one_change_changes_the_key(data: DataConfig, model: str, tmp_pa
     assert len(set(keys)) == len(keys)
 
 
-def test_trap_14_code_version_changes_the_key(
-    data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trap_14_code_version_changes_the_key(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(data, model)
     monkeypatch.setattr(room, "RULES", room.RULES + 1)
     assert key(data, model) != before
@@ -228,12 +227,10 @@ def test_trap_14_nothing_else_changes_the_key(data: DataConfig, model: str, tmp_
 # Other processes -------------------------------------------------------------------------------------------
 
 
-def test_processes_give_what_one_gives(
-    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_give_what_one_gives(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(sentencepiece_model(tmp_path / "m.model"))  # loads sooner than transformers
-    monkeypatch.setattr(room, "SMALL", 4)
-    monkeypatch.setattr(room, "CHUNK", 7)
+    monkeypatch.setattr(processes, "SMALL", 4)
+    monkeypatch.setattr(processes, "CHUNK", 7)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     seen: list[int] = []
     many = prepare(data.train, replace(data, num_proc=2), model, 2, on_progress=seen.append)
@@ -245,13 +242,11 @@ def test_processes_give_what_one_gives(
 
 
 def test_killed_process_is_reported(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SMALL", 4)
-    monkeypatch.setattr(room, "_start_process", partial(os._exit, 9))
+    monkeypatch.setattr(processes, "SMALL", 4)
+    monkeypatch.setattr(processes, "_start_process", partial(os._exit, 9))
     with pytest.raises(MachineError, match=r"a tokenising process was killed.*lower data\.num_proc"):
         prepare(data.train, replace(data, num_proc=2), model, 2)
-    assert left_over(data) == [
-        f"{store_folder(data.train, data, load_tokenizer(model, None), 2).name}.failed"
-    ]
+    assert left_over(data) == [f"{store_folder(data.train, data, load_tokenizer(model, None), 2).name}.failed"]
 
 
 def start(function: Callable[..., None], *arguments: object) -> Any:
@@ -296,9 +291,7 @@ def test_waiters_get_the_store(data: DataConfig, model: str) -> None:
 
 def test_waiting_ends(data: DataConfig, model: str, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "never"
-    with pytest.raises(
-        StorageError, match=r"no prepared data after 0 s; put data\.cache_dir on a file system"
-    ):
+    with pytest.raises(StorageError, match=r"no prepared data after 0 s; put data\.cache_dir on a file system"):
         wait_for(folder, timeout_s=0.05, poll_s=0.01)
     bad = replace(data, train=(write(tmp_path / "same.jsonl", [pair(1) | {"rejected": " is 1."}]),))
     with pytest.raises(DataError):
@@ -358,9 +351,7 @@ def test_full_disk(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_room, "_record_batch", full)
-    with pytest.raises(
-        StorageError, match=r"cannot be written \(No space left on device\); make room or set data"
-    ):
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); make room or set data"):
         prepare(data.train, data, model, 2)
     assert [name.endswith(".failed") for name in left_over(data)] == [True]
 
@@ -382,9 +373,7 @@ def test_too_short_a_length(data: DataConfig, model: str) -> None:
 def test_tokenizer_that_does_not_fit_the_model(model: str) -> None:
     tokenizer = load_tokenizer(model, None)
     check_vocabulary(tokenizer, tokenizer.vocab_size)
-    with pytest.raises(
-        TokenizerError, match=rf"ids up to {tokenizer.vocab_size - 1}, .* set data\.tokenizer"
-    ):
+    with pytest.raises(TokenizerError, match=rf"ids up to {tokenizer.vocab_size - 1}, .* set data\.tokenizer"):
         check_vocabulary(tokenizer, tokenizer.vocab_size - 1)
 
 

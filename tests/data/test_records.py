@@ -203,13 +203,9 @@ def test_unknown_columns_and_formats(tmp_path: Path) -> None:
     assert "question (text), answer (a number)" in message
     assert all(known.name in message for known in FORMATS)
     assert "\n" not in message
-    with pytest.raises(
-        ConfigError, match=r"data\.format: unknown format `trl_standart`; did you mean trl_standard"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.format: unknown format `trl_standart`; did you mean trl_standard"):
         groups(path, "trl_standart")
-    with pytest.raises(
-        DataError, match=r"no column `prompt`, `completion`, which format prompt_completion needs"
-    ):
+    with pytest.raises(DataError, match=r"no column `prompt`, `completion`, which format prompt_completion needs"):
         groups(path, "prompt_completion")
 
 
@@ -246,9 +242,7 @@ def test_bad_json_list(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs\.json:3: not valid JSON"):
         list(read_rows(str(path), None))
     path.write_text('[{"a": 1}, 2]')
-    with pytest.raises(
-        DataError, match=r"pairs\.json\[1\]: an item of the list must be an object, found a number"
-    ):
+    with pytest.raises(DataError, match=r"pairs\.json\[1\]: an item of the list must be an object, found a number"):
         list(read_rows(str(path), None))
     path.write_text('"a"')
     with pytest.raises(DataError, match=r"must hold a list of objects, found text"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadpo.data.store import GroupStore, PrepareReport, StoreWriter, group_key
+from megadpo.data.report import PrepareReport
+from megadpo.data.store import GroupStore, StoreWriter, group_key
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.errors import StorageError
 
@@ -36,10 +37,7 @@ def ragged(count: int, seed: int = 0) -> list[TokenizedGroup]:
         TokenizedGroup(
             f"row[{number}]",
             rng.integers(0, 2**31 - 1, rng.integers(1, 9)).astype(np.int32),
-            tuple(
-                rng.integers(0, 99, rng.integers(1, 30)).astype(np.int32)
-                for _ in range(int(rng.integers(1, 5)))
-            ),
+            tuple(rng.integers(0, 99, rng.integers(1, 30)).astype(np.int32) for _ in range(int(rng.integers(1, 5)))),
         )
         for number in range(count - 1)
     ]
@@ -185,9 +183,7 @@ def test_wrong_columns_are_defects(tmp_path: Path) -> None:
         store.write_reference("../abc", column(store))
 
 
-def test_reference_write_that_fails_leaves_the_old_column(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reference_write_that_fails_leaves_the_old_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write(tmp_path / "s", ragged(7))
     values = column(store)
     store.write_reference("abc", values)

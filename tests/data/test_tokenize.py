@@ -52,9 +52,7 @@ def kept(result: Tokenized | Dropped) -> TokenizedGroup:
     return result.group
 
 
-def run(
-    tokenizer: Tokenizer, prompt: str, *responses: str, length: int = 10_000, mode: str = "keep_end"
-) -> Tokenized:
+def run(tokenizer: Tokenizer, prompt: str, *responses: str, length: int = 10_000, mode: str = "keep_end") -> Tokenized:
     result = tokenize_group(Group("row", prompt, responses), tokenizer, length, mode)
     assert isinstance(result, Tokenized), result
     return result
@@ -187,9 +185,7 @@ def test_traps_5_and_6_one_bos_one_eos(name: str, family: Callable[[str], Tokeni
             assert prompt.count(tokenizer.bos_id) == 1
         assert None not in prompt
         for ids in group.response_ids:
-            assert sum(number in tokenizer.turn_ends.values() for number in ids.tolist()) == 1, pieces(
-                tokenizer, ids
-            )
+            assert sum(number in tokenizer.turn_ends.values() for number in ids.tolist()) == 1, pieces(tokenizer, ids)
             assert ids[-1] in tokenizer.turn_ends.values()
             assert tokenizer.bos_id not in ids.tolist()
 
@@ -227,9 +223,7 @@ def test_traps_7_and_8_eos_with_id_0_and_pad(pad: str | None, tmp_path: Path) ->
     group = run(tokenizer, "The cat", " sat.").group
     assert group.response_ids[0][-1] == 0
     assert np.count_nonzero(group.response_ids[0] == 0) == 1
-    swapped = load(
-        save(byte_level(specials=["<s>", "</s>"]), tmp_path / "b", bos="<s>", adds_bos=True, pad=pad)
-    )
+    swapped = load(save(byte_level(specials=["<s>", "</s>"]), tmp_path / "b", bos="<s>", adds_bos=True, pad=pad))
     assert (swapped.bos_id, swapped.eos_id) == (0, 1)
     assert run(swapped, "The cat", " sat.").group.prompt_ids[0] == 0
 
@@ -272,9 +266,7 @@ def test_traps_10_and_11_length(name: str, mode: str, family: Callable[[str], To
     tokenizer = family(name)
     words = " cat sat mat ball red"
     bos = int(tokenizer.bos_id is not None)
-    for prompt_words, chosen_words, rejected_words, length in product(
-        (0, 1, 9), (1, 4), (1, 14), (2, 3, 8, 20, 99)
-    ):
+    for prompt_words, chosen_words, rejected_words, length in product((0, 1, 9), (1, 4), (1, 14), (2, 3, 8, 20, 99)):
         texts = (words * prompt_words, words * chosen_words, " no" + words * rejected_words)
         whole = run(tokenizer, *texts).group
         result = tokenize_group(Group("row", texts[0], texts[1:]), tokenizer, length, mode)
@@ -461,7 +453,7 @@ def test_the_day_does_not_matter(chat_folder: Path) -> None:
 @pytest.mark.parametrize(
     "hostile",
     [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for a in range(99999) %}{{ messages[0].content * 999 }}{% endfor %}",
     ],

@@ -48,9 +48,7 @@ def save(
     return folder
 
 
-def byte_level(
-    specials: Sequence[str] = ("</s>",), add_prefix_space: bool = False, size: int = 600
-) -> Tokenizer:
+def byte_level(specials: Sequence[str] = ("</s>",), add_prefix_space: bool = False, size: int = 600) -> Tokenizer:
     """GPT-2's kind. Special tokens get the first ids, in their order."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
@@ -73,9 +71,7 @@ def metaspace_bpe(legacy: bool, size: int = 300) -> Tokenizer:
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     if legacy:
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIALS), show_progress=False)
@@ -99,9 +95,7 @@ def word_level() -> Tokenizer:
     """One token per word; whitespace is lost, and a word that it does not know hides all of its text."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(
-        LINES, trainers.WordLevelTrainer(special_tokens=list(SPECIALS), show_progress=False)
-    )
+    tokenizer.train_from_iterator(LINES, trainers.WordLevelTrainer(special_tokens=list(SPECIALS), show_progress=False))
     return tokenizer
 
 
@@ -133,9 +127,7 @@ def control_token(text: str) -> AddedToken:
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "byte_level": lambda folder: save(byte_level(), folder),
     "byte_level_prefix_space": lambda folder: save(byte_level(add_prefix_space=True), folder),
-    "metaspace_bpe": lambda folder: save(
-        metaspace_bpe(legacy=False), folder, bos="<s>", unk="<unk>", adds_bos=True
-    ),
+    "metaspace_bpe": lambda folder: save(metaspace_bpe(legacy=False), folder, bos="<s>", unk="<unk>", adds_bos=True),
     "metaspace_bpe_legacy": lambda folder: save(
         metaspace_bpe(legacy=True), folder, bos="<s>", unk="<unk>", adds_bos=True
     ),

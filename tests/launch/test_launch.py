@@ -156,9 +156,7 @@ def test_a_killed_rank_is_named(config):
         dist.all_reduce(torch.zeros(1))
         return 0
 
-    with pytest.raises(
-        RankFailedError, match=r"rank 1 was killed by SIGKILL; out of memory is the usual"
-    ) as caught:
+    with pytest.raises(RankFailedError, match=r"rank 1 was killed by SIGKILL; out of memory is the usual") as caught:
         run(config, job)
     assert caught.value.exit_code == 128 + signal.SIGKILL
 

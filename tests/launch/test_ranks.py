@@ -82,9 +82,7 @@ def test_slurm_with_a_meeting_place_of_the_users():
 
 def test_a_batch_script_is_no_rank():
     """sbatch sets the job's tasks and rank 0 for the script itself; waiting for the others would hang."""
-    assert (
-        joined({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
-    )
+    assert joined({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
 
 
 def test_a_step_of_one_task_starts_its_own_processes():

@@ -42,6 +42,7 @@ class Case:
     learning_rate: float = 1e-3
     objective: Objective = field(default_factory=lambda: DPO(beta=0.5))
     resident: bool = False
+    share: bool = True
     bucket_size: int | None = None
 
     @property
@@ -73,7 +74,9 @@ def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
     multiple = case.pipeline if case.virtual else 1
-    return TrainState(chunks, optimizer), Stream(case.store, case.budget, context.data_size, multiple)
+    return TrainState(chunks, optimizer), Stream(
+        case.store, case.budget, context.data_size, multiple, share=case.share
+    )
 
 
 def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:

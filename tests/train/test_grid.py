@@ -72,6 +72,7 @@ def test_micro_batches(base: Case, single: dict[str, Any]) -> None:
         replace(base, recompute="full"),
         replace(base, recompute="selective"),
         replace(base, resident=True),
+        replace(base, share=False),
         replace(base, distributed=True),
     ]
     results = run_ranks(1, run, cases)

@@ -1,0 +1,97 @@
+"""What became of the rows of a data set: counted, and the first few of each kind named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megadpo.data.records import Dropped
+from megadpo.data.tokenize import Tokenized
+
+EXAMPLES = 3
+"""Rows that are named for each reason."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What became of the rows. dropped: reason -> groups. examples: reason -> the first few origins.
+
+    truncated: groups cut to max_length. responses_cut: those of them in which a response lost its end.
+    boundary_splits, headers_scored: see tokenize.Tokenized. template: where the chat template came from, or
+    "none".
+    """
+
+    rows_read: int
+    groups: int
+    dropped: dict[str, int]
+    examples: dict[str, list[str]]
+    truncated: int
+    responses_cut: int
+    boundary_splits: int
+    headers_scored: int
+    template: str
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """For the log: one line for what was kept, and one for each thing that the user may want to know."""
+        lines = [f"{self.rows_read} rows read, {self.groups} groups kept, in {self.seconds:.1f} s"]
+        if self.template != "none":
+            lines.append(f"chat template: {self.template}")
+        for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
+            named = ", ".join(self.examples[reason])
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            lines.append(f"{count} dropped: {reason} ({named}{more})")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} groups cut to data.max_length, {self.responses_cut} of them at the end of a response"
+            )
+        if self.boundary_splits:
+            lines.append(
+                f"{self.boundary_splits} responses tokenised apart from their prompt, as one token would "
+                "have held text of both"
+            )
+        if self.headers_scored:
+            lines.append(
+                f"{self.headers_scored} groups in which the assistant's header counts as response, as the "
+                "chat template writes another one for generation"
+            )
+        return lines
+
+
+class Tally:
+    """Counts what became of the rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._counts: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, outcome: Tokenized | Dropped) -> None:
+        self.rows += 1
+        if isinstance(outcome, Dropped):
+            self._dropped[outcome.reason] += 1
+            named = self._examples.setdefault(outcome.reason, [])
+            if len(named) < EXAMPLES:
+                named.append(outcome.origin)
+            return
+        self._counts["groups"] += 1
+        self._counts["truncated"] += outcome.prompt_cut or outcome.responses_cut
+        self._counts["responses_cut"] += outcome.responses_cut
+        self._counts["boundary_splits"] += outcome.boundary_splits
+        self._counts["headers_scored"] += outcome.header_scored
+        self._counts["conversations"] += outcome.from_template
+
+    def report(self, template: str, seconds: float) -> PrepareReport:
+        return PrepareReport(
+            rows_read=self.rows,
+            groups=self._counts["groups"],
+            dropped=dict(self._dropped),
+            examples=self._examples,
+            truncated=self._counts["truncated"],
+            responses_cut=self._counts["responses_cut"],
+            boundary_splits=self._counts["boundary_splits"],
+            headers_scored=self._counts["headers_scored"],
+            template=template if self._counts["conversations"] else "none",
+            seconds=seconds,
+        )
