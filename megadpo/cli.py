@@ -172,7 +172,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from megadpo.decode import load_config
+    from megadpo.config.decode import load_config
 
     run_dir = Path(options.run_dir).expanduser()
     if not (run_dir / "run.yaml").is_file():
@@ -196,7 +196,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _schema(options: argparse.Namespace) -> int:
-    from megadpo.schema import json_schema
+    from megadpo.config.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
     return 0
@@ -206,7 +206,7 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> Config:
-    from megadpo.decode import load_config
+    from megadpo.config.decode import load_config
 
     return load_config(options.run_file, options.overrides)
 

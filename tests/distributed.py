@@ -30,9 +30,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     """
     with tempfile.TemporaryDirectory() as folder:
         fork = multiprocessing.get_context("fork")
-        ranks = [
-            fork.Process(target=_rank, args=(rank, world, Path(folder), function, args)) for rank in range(world)
-        ]
+        ranks = [fork.Process(target=_rank, args=(rank, world, Path(folder), function, args)) for rank in range(world)]
         for process in ranks:
             process.start()
         try:

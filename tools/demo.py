@@ -26,6 +26,7 @@ import torch
 from make_demo import Sizes, make, style_of
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "demo"
@@ -85,7 +86,7 @@ def load(folder: Path) -> Loaded:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DemoError(f"{folder}: transformers cannot load the export: {error}") from error
     if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
         raise DemoError(f"{folder}: transformers loads the export with a complaint: {wrong}")
@@ -161,11 +162,11 @@ def story(console: Console, pairs: list[dict[str, Any]], before: Shown, after: S
     table.add_row("preference accuracy", f"{before.accuracy:.0%}", f"{after.accuracy:.0%}")
     table.add_row(f"cheerful answers (temperature {TEMPERATURE})", f"{before.cheerful:.0%}", f"{after.cheerful:.0%}")
     console.print(table)
-    console.print(f"{SHOWN} of the questions that it answered gloomily before:")
+    console.print(f"{SHOWN} of them, first those that it answered gloomily before:")
     for number in examples(before):
         console.print(f"\n  [bold]{pairs[number]['prompt'][0]['content']}[/bold]")
-        console.print(f"    before  {before.answers[number]}", highlight=False)
-        console.print(f"    after   {after.answers[number]}", highlight=False)
+        console.print(f"    before  {before.answers[number]}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"    after   {after.answers[number]}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main(settings: Sequence[str]) -> int:

@@ -49,13 +49,9 @@ def _logits(hidden: Tensor, weight: Tensor, n_valid: int) -> Tensor:
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int) -> Tensor:
         n_valid = min(max(shard.valid - shard.start, 0), weight.shape[0])
-        top, total, target = (
-            torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
-        )
+        top, total, target = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
         local, mine = _local_targets(targets, shard.start, n_valid)
         for rows in _chunks(len(hidden), chunk):
             logits = _logits(hidden[rows], weight, n_valid)

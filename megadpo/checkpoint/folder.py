@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megadpo.errors import CheckpointError, StorageError
+from megadpo.errors import CheckpointError
+from megadpo.files import storage_errors
 
 STATE = "state.json"
 PARTIAL = ".partial"
@@ -92,16 +91,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Full and read-only disks become one line that says where and what to do."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
-        raise StorageError(
-            f"{path}: {error.strerror or error}; {free / 1e9:.1f} GB free there; the checkpoint before this one is "
-            "untouched: free some space or choose another run_dir, then start the same command again"
-        ) from error

@@ -19,9 +19,9 @@ from megadpo.checkpoint.folder import (
     finish,
     keep_newest,
     read_state,
-    storage_errors,
 )
 from megadpo.errors import CheckpointError
+from megadpo.files import storage_errors
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.optimizer import settled
 from megadpo.train.state import TrainState
@@ -48,10 +48,11 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
     with settled(state.chunks), storage_errors(partial):
         try:
             dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=METADATA)
-        except Exception as error:
-            # The writers are processes of Megatron-Core's; a full disk reaches us as their exception's text.
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        except (CheckpointException, CheckpointingException, RuntimeError) as error:
+            # The writers are processes of Megatron-Core's; a full disk reaches us as text in their exception.
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if f"[Errno {number}]" in str(error):
+                    raise OSError(number, os.strerror(number)) from error
             raise
     if context.is_first:
         finish(partial, folder, Saved(state.step, state.consumed, total_steps))
@@ -97,7 +98,5 @@ def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
     """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
-    modules = {
-        f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(state.modules)
-    }
+    modules = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(state.modules)}
     return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=METADATA)}

@@ -80,7 +80,7 @@ def attention_area(store: GroupStore, share: bool = True) -> np.ndarray:
 
 
 def _lengths(store: GroupStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of each prompt [G] (its last token belongs to the responses), rows of each response [S], and its group [S]."""
+    """Rows of each prompt [G] (its last token belongs to the responses), of each response [S], and its group [S]."""
     prompt = store.prompt_lengths.astype(np.float64) - 1
     return prompt, store.response_lengths.astype(np.float64), np.repeat(np.arange(len(prompt)), np.diff(store.offsets))
 

@@ -40,9 +40,7 @@ def take(groups: int, consumed: int, count: int, seed: int, shuffle: bool) -> np
     return np.concatenate(picked) if picked else np.zeros(0, dtype=np.int64)
 
 
-def deal(
-    tokens_G: np.ndarray, cost_G: np.ndarray, budget: Budget, ranks: int, multiple: int = 1
-) -> list[list[Bin]]:
+def deal(tokens_G: np.ndarray, cost_G: np.ndarray, budget: Budget, ranks: int, multiple: int = 1) -> list[list[Bin]]:
     """Bins of each rank, as positions into the arrays.
 
     tokens_G: int [G], stream tokens of each group, none over the budget. cost_G: float [G], what is balanced: first

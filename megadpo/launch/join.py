@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from megadpo.check import check_world
 from megadpo.config import Config
+from megadpo.config.check import check_world
 from megadpo.errors import ConfigError, MachineError
 from megadpo.launch.failure import RankFailedError, failure, rank_log, tidy
 from megadpo.launch.worker import Job, run_rank

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from megadpo.config import Config, ParallelConfig
 from megadpo.errors import MachineError
+from megadpo.files import storage_errors
 from megadpo.launch.failure import RankFailedError, failure, killed, rank_log, tidy
 from megadpo.launch.worker import Job, Outcome, rank_main, read_outcome
-from megadpo.observe.files import storage_errors
 from megadpo.observe.progress import restore_cursor
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING

@@ -18,7 +18,7 @@ from typing import Literal
 
 from megadpo.config import Config
 from megadpo.errors import MegadpoError
-from megadpo.observe.files import storage_errors, write_text
+from megadpo.files import storage_errors, write_text
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING

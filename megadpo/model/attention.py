@@ -29,7 +29,7 @@ from megadpo.parallel import mcore_fixes
 Backend = Literal["sdpa", "varlen", "te"]
 
 PADDING_PIECE = 64
-"""Rows of padding are cut into segments of so many: attention over padding stays cheap, and they need no special case."""
+"""Rows of padding are cut into segments of so many, so that attention over padding stays cheap."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ def varlen_layout(segments: tuple[Segment, ...], length: int, device: torch.devi
     used = segments[-1].end if segments else 0
     padding = [Segment(a, min(a + PADDING_PIECE, length), a, a) for a in range(used, length, PADDING_PIECE)]
     every = [*segments, *padding]
-    rows = [
-        np.concatenate([np.arange(s.prefix_start, s.prefix_end), np.arange(s.start, s.end)]) for s in every
-    ]
+    rows = [np.concatenate([np.arange(s.prefix_start, s.prefix_end), np.arange(s.start, s.end)]) for s in every]
     queries, keys = [s.end - s.start for s in every], [len(part) for part in rows]
 
     def ends(lengths: list[int]) -> Tensor:
@@ -153,7 +151,7 @@ class SegmentAttention(MegatronModule):
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        output = varlen_attn(
             q,
             k,
             v,
@@ -165,6 +163,8 @@ class SegmentAttention(MegatronModule):
             window_size=(-1, 0),  # causal; flash attention aligns it at the bottom right
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        assert isinstance(output, Tensor)
+        return output
 
     def _te(self, q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         return self.te(

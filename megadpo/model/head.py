@@ -39,6 +39,4 @@ class LogprobHead(ColumnParallelLinear):
             hidden_TD = copy_to_tensor_model_parallel_region(hidden_TD, group=self.tp_group)
         hidden_ND = hidden_TD.flatten(0, 1).index_select(0, rows_N)
         start = self.tp_group.rank() * weight_VD.shape[0]
-        return linear_logprob(
-            hidden_ND, weight_VD, targets_N, VocabShard(start, self.valid_vocab, self.tp_group)
-        )
+        return linear_logprob(hidden_ND, weight_VD, targets_N, VocabShard(start, self.valid_vocab, self.tp_group))

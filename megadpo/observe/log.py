@@ -15,8 +15,8 @@ import yaml
 from rich.console import Console
 
 from megadpo.config import Config
-from megadpo.decode import to_yaml
-from megadpo.observe.files import storage_errors, write_text
+from megadpo.config.decode import to_yaml
+from megadpo.files import storage_errors, write_text
 from megadpo.observe.progress import Screen, Task, Terminal, numbers
 from megadpo.observe.trackers import Tracker, open_trackers
 from megadpo.observe.versions import versions

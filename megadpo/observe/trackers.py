@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megadpo.config import LogConfig
 from megadpo.errors import MachineError
-from megadpo.observe.files import write_text
+from megadpo.files import write_text
 
 INSTALL = "install it with: pip install 'megadpo[logging]'"
 

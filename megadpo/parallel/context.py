@@ -79,8 +79,9 @@ def join_world(rank: int, world_size: int, local_rank: int, init_method: str) ->
     cpu_host.install()
     mcore_fixes.install()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        index = local_rank % torch.cuda.device_count()  # SLURM may show each task only its own GPU
+        torch.cuda.set_device(index)
+        device, backend = torch.device("cuda", index), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():

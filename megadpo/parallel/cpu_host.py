@@ -102,6 +102,4 @@ def _one_random_generator() -> None:
     cuda.get_rng_state, cuda.set_rng_state, cuda.manual_seed = get_state, set_state, torch.manual_seed
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
     # It warns that the CPU generator moved inside a CUDA fork; here they are one and the same.
-    logging.getLogger(random.__name__).addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

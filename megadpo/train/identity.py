@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megadpo.checkpoint.folder import storage_errors
 from megadpo.config import Config
 from megadpo.convert.hf_files import weights_digest
 from megadpo.errors import CheckpointError
+from megadpo.files import write_text
 
 FILE = "identity.json"
 
@@ -19,7 +18,7 @@ FILE = "identity.json"
 def of_run(config: Config, data_digest: str) -> dict[str, Any]:
     """Settings that decide what the weights mean. Grid, logging and length may change between two starts."""
     identity = {
-        "model.weights": weights_digest(config.model.path),
+        "model.weights": weights_digest(Path(config.model.path).expanduser()),
         "model.dtype": config.model.dtype,
         "data": data_digest,
         "seed": config.seed,
@@ -29,7 +28,7 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
         **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
     }
     if config.objective.needs_reference:
-        identity["reference.weights"] = weights_digest(config.reference.path or config.model.path)
+        identity["reference.weights"] = weights_digest(Path(config.reference.path or config.model.path).expanduser())
     return identity
 
 
@@ -43,12 +42,9 @@ def claim(run_dir: Path, identity: dict[str, Any]) -> None:
             name = different[0]
             raise CheckpointError(
                 f"run_dir = {run_dir}: belongs to another run: its {name} is {there.get(name)}, this run's is "
-                f"{identity.get(name)}" + (f" (also: {', '.join(different[1:])})" if different[1:] else "")
+                f"{identity.get(name)}"
+                + (f" (also: {', '.join(different[1:])})" if different[1:] else "")
                 + "; give another run_dir, or restore the setting to go on"
             )
         return
-    with storage_errors(path):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(identity, indent=1))
-        os.replace(temporary, path)
+    write_text(path, json.dumps(identity, indent=1))

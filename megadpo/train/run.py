@@ -11,8 +11,8 @@ import numpy as np
 import torch.distributed as dist
 
 from megadpo import checkpoint
-from megadpo.check import check_grid
 from megadpo.config import Config
+from megadpo.config.check import check_grid
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.hf_files import weights_digest
@@ -28,6 +28,7 @@ from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
 from megadpo.observe.log import RunLog, write_run_files
 from megadpo.observe.progress import Screen, Terminal
+from megadpo.observe.versions import package_warnings, versions
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
@@ -57,8 +58,8 @@ class Inputs:
 def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     run_dir = Path(config.run_dir).expanduser()
+    inputs = read_inputs(config, rank)
     with StopSignal() as stop:
-        inputs = read_inputs(config, rank)
         length = run_length(config, len(inputs.train))
         if rank.rank == 0:
             identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
@@ -81,8 +82,9 @@ def run_training(config: Config, rank: Rank) -> int:
 def read_inputs(config: Config, rank: Rank) -> Inputs:
     """Check model folder and grid, tokenise the data. Before any process group exists, so that no rank waits for
     another inside a collective."""
-    shape = read_shape(config.model.path)
-    reference_shape = read_shape(config.reference.path) if config.reference.path else shape
+    model = Path(config.model.path).expanduser()
+    reference = Path(config.reference.path).expanduser() if config.reference.path else model
+    shape, reference_shape = read_shape(model), read_shape(reference)
     problems = check_grid(
         config,
         num_attention_heads=shape.num_attention_heads,
@@ -98,9 +100,9 @@ def read_inputs(config: Config, rank: Rank) -> Inputs:
         check_vocabulary(
             load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template), shape.vocab_size
         )
-        check_hf(shape, config.model.path)
-        if config.reference.path and config.objective.needs_reference:
-            check_hf(reference_shape, config.reference.path)
+        check_hf(shape, model)
+        if config.objective.needs_reference and reference != model:
+            check_hf(reference_shape, reference)
 
     def prepare(sources: tuple[str, ...]) -> GroupStore:
         return prepare_or_wait(
@@ -127,9 +129,7 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     return fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
 
 
-def _streams(
-    config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext
-) -> list[Stream]:
+def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:
     """The training stream, then the held-out one where there is one; one token budget for both."""
     multiple_of = context.tensor_size if context.sequence_parallel else 1
     budget = choose_budget(stores, context.data_size, context.pipeline_size, multiple_of, config.batch)
@@ -183,9 +183,7 @@ def _scored(
     # All ranks must take the same branch, and the file may appear between two looks at it.
     if context.any_rank(known is None):
         with log.phase("reference log-probabilities", len(store)) as progress:
-            column = score_groups(
-                chunks, stream, np.arange(len(store)), groups_per_pass(config), context, progress
-            )
+            column = score_groups(chunks, stream, np.arange(len(store)), groups_per_pass(config), context, progress)
         if context.is_first:
             store.write_reference(digest, column)
         return Scored(stream, column)
@@ -214,6 +212,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     reference = config.reference.path or "its own initial weights"
     tokens = stream_tokens(inputs.train, stream.share)
     return [
+        *package_warnings(versions()),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",
         f"grid       {grid_text}",

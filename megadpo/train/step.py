@@ -129,9 +129,7 @@ def total(results: list[Tensor], objective: Objective, context: ParallelContext)
     if context.holds_loss:
         context.sum_over_data(totals)
     loss, count, groups, tokens, *metrics = context.from_last_stage(totals).tolist()
-    means = {
-        name: value / max(groups, 1) for name, value in zip(objective.metrics, metrics, strict=True)
-    }
+    means = {name: value / max(groups, 1) for name, value in zip(objective.metrics, metrics, strict=True)}
     return Sums(loss / max(count, 1), means, int(groups), int(tokens))
 
 

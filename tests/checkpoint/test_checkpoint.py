@@ -1,5 +1,6 @@
 """Checkpoints: resume to the bit on the same grid, element by element on another, complete or not there."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,30 @@ def test_unreadable_state(tmp_path: Path) -> None:
             read_state(folder)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """The folder cannot be made: its parent is a file."""
+def test_a_place_that_takes_no_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(StorageError, match="GB free there"):
+    with pytest.raises(StorageError, match="set run_dir to another place"):
         begin(tmp_path / "checkpoints" / "step-00000001")
+
+
+def test_a_disk_that_fills_up_while_it_is_written(case: Case, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the full disk: one line, and the checkpoint before it stays."""
+    run_ranks(1, train, case, tmp_path, 1, True)
+    before = checkpoint.latest(tmp_path)
+
+    def save(device: torch.device) -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with grid(case.parallel, device, 0) as context:
+            state, _ = build(case, context)
+            checkpoint.load(state, before)
+            state.step = 2
+            try:
+                checkpoint.save(state, tmp_path, 10, 2, context)
+            except StorageError as error:
+                return str(error)
+            return "saved"
+
+    [message] = run_ranks(1, save)
+    assert "cannot be written" in message
+    assert "\n" not in message
+    assert checkpoint.checkpoints(tmp_path) == [before]

@@ -12,7 +12,7 @@ import pytest
 
 from megadpo import cli
 from megadpo.errors import ConfigError, DataError
-from megadpo.observe.files import write_text
+from megadpo.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "run_dir: run\nmodel: {path: model}\ndata: {train: pairs.jsonl, cache_dir: cache}\n"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megadpo.check import check_grid, check_world, problems
 from megadpo.config import Config, DataConfig, LogConfig, ModelConfig, ParallelConfig
-from megadpo.decode import load_config, to_yaml
+from megadpo.config.check import check_grid, check_world, problems
+from megadpo.config.decode import load_config, to_yaml
+from megadpo.config.schema import json_schema
 from megadpo.errors import ConfigError
 from megadpo.objectives import DPO, SFT
-from megadpo.schema import json_schema
 
 GOOD = """\
 run_dir: runs/one

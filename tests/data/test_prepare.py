@@ -230,12 +230,12 @@ def test_trap_14_nothing_else_changes_the_key(data: DataConfig, model: str, tmp_
 def test_processes_give_what_one_gives(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(sentencepiece_model(tmp_path / "m.model"))  # loads sooner than transformers
     monkeypatch.setattr(processes, "SMALL", 4)
-    monkeypatch.setattr(processes, "CHUNK", 7)
+    monkeypatch.setattr(processes, "CHUNK", 3)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     seen: list[int] = []
     many = prepare(data.train, replace(data, num_proc=2), model, 2, on_progress=seen.append)
     assert "TOKENIZERS_PARALLELISM" not in os.environ
-    assert seen == [7, 14, 21, 28, 35, 40]
+    assert seen == [*range(3, 40, 3), 40]
     one = prepare(data.train, replace(data, cache_dir=data.cache_dir + "-one"), model, 2)
     assert contents(many) == contents(one)
     assert many.digest == one.digest

@@ -111,6 +111,12 @@ def test_variants(tmp_path: Path) -> None:
     assert system.prompt == (Turn("system", "Be brief."), *QUESTION)
 
 
+def test_identical_conversations_stay_a_pair(tmp_path: Path) -> None:
+    """So that they are dropped for what they are, once they are tokens."""
+    same = only(tmp_path, {"chosen": [USER, BLUE], "rejected": [USER, BLUE]})
+    assert (same.prompt, same.responses) == (QUESTION, (ANSWERS[0], ANSWERS[0]))
+
+
 def test_implicit_prompt_keeps_words_whole(tmp_path: Path) -> None:
     prefix = only(tmp_path, {"chosen": "I like cats", "rejected": "I like cats a lot"})
     assert (prefix.prompt, prefix.responses) == ("I like", (" cats", " cats a lot"))

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from megadpo.config import Config, DataConfig, LogConfig, ModelConfig
-from megadpo.decode import load_config
+from megadpo.config.decode import load_config
 from megadpo.errors import MachineError, StorageError
+from megadpo.files import storage_errors, write_text
 from megadpo.observe import trackers, versions
-from megadpo.observe.files import storage_errors, write_text
 from megadpo.observe.log import RunLog, truncate_after, write_run_files
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.observe.quiet import quiet
@@ -381,7 +381,7 @@ def test_no_apex_no_warning():
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (errno.ENOSPC, "the disk is full: free some space or give another run_dir"),
+        (errno.ENOSPC, "the disk is full: free some space, or set run_dir to another place"),
         (errno.EROFS, "the file system is read-only"),
         (errno.EACCES, "no permission"),
         (errno.EDQUOT, "the quota is used up"),

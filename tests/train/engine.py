@@ -74,9 +74,7 @@ def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
     multiple = case.pipeline if case.virtual else 1
-    return TrainState(chunks, optimizer), Stream(
-        case.store, case.budget, context.data_size, multiple, share=case.share
-    )
+    return TrainState(chunks, optimizer), Stream(case.store, case.budget, context.data_size, multiple, share=case.share)
 
 
 def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:

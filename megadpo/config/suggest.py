@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from megadpo.schema import leaf_paths
+from megadpo.config.schema import leaf_paths
 
 # What the settings are called elsewhere: TRL, Megatron-LM, everyday speech.
 ALSO_CALLED = {

@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from megadpo.check import problems as rule_problems
 from megadpo.config import Config
+from megadpo.config.check import problems as rule_problems
+from megadpo.config.schema import default_of, field_docs, field_types, leaf_paths, optional
+from megadpo.config.suggest import one_of, unknown_key
+from megadpo.config.yaml_file import read_yaml
 from megadpo.errors import ConfigError
 from megadpo.objectives import OBJECTIVES, Objective
-from megadpo.schema import default_of, field_docs, field_types, leaf_paths, optional
-from megadpo.suggest import one_of, unknown_key
-from megadpo.yaml_file import read_yaml
 
 DEFAULT_OBJECTIVE = "dpo"
 
