@@ -55,6 +55,8 @@ class TrlRun:
     max_grad_norm: float = 1.0
     seed: int = 0
     shuffle: bool = False
+    precompute_reference: bool = False
+    """The reference's log-probabilities in one pass before training instead of at every step."""
 
     def problems(self, pairs: int) -> list[str]:
         """What makes the run meaningless with so many pairs, one line each."""
@@ -110,10 +112,11 @@ def train(
     pairs: list[dict[str, list[int]]],
     eval_pairs: list[dict[str, list[int]]] | None = None,
     weights: Path | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
     """One record per step (METRICS and `step`), then one of "eval_" metrics where eval_pairs are given.
 
-    weights: folder that gets the trained model (float32), if any.
+    weights: folder that gets the trained model (float32), if any. callbacks: transformers' TrainerCallbacks.
     """
     import torch
     from datasets import Dataset
@@ -139,6 +142,7 @@ def train(
                 output_dir=scratch,
                 beta=run.beta,
                 loss_type=["sigmoid"],
+                precompute_ref_log_probs=run.precompute_reference,
                 disable_dropout=True,
                 max_length=None,
                 max_steps=run.steps,
@@ -171,6 +175,7 @@ def train(
             train_dataset=Dataset.from_list(pairs),
             eval_dataset=Dataset.from_list(eval_pairs) if eval_pairs else None,
             processing_class=tokenizer,
+            callbacks=list(callbacks),
         )
         trainer.train()
         records = [

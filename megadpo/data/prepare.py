@@ -18,10 +18,11 @@ from megadpo.data.processes import Job, tokenize_all
 from megadpo.data.records import Dropped, Group, read_groups
 from megadpo.data.report import Tally
 from megadpo.data.sources import source_digest
-from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter, storage_errors
+from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter
 from megadpo.data.tokenize import RULES, Tokenized
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import ConfigError, DataError, StorageError
+from megadpo.files import storage_errors
 
 if TYPE_CHECKING:  # the run file's types bring torch with them, which tokenising processes do not need
     from megadpo.config import DataConfig
@@ -86,11 +87,12 @@ def prepare_or_wait(
     model_path: str,
     responses: int | None,
     is_preparer: bool,
+    on_progress: Callable[[int], None] | None = None,
     timeout_s: float = WAIT_SECONDS,
 ) -> GroupStore:
     """`prepare` in one process of a job, `wait_for` in the others; all get the same store."""
     if is_preparer:
-        return prepare(sources, data, model_path, responses)
+        return prepare(sources, data, model_path, responses, on_progress)
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
     return wait_for(store_folder(sources, data, tokenizer, responses), timeout_s)
 
@@ -130,7 +132,7 @@ def _make(
     )
     who = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     temporary = folder.with_name(f"{folder.name}.tmp-{who}")
-    with storage_errors(temporary):
+    with storage_errors(temporary, "data.cache_dir"):
         temporary.mkdir(parents=True)
     try:
         tally = Tally()
@@ -152,7 +154,7 @@ def _make(
 
 def _publish(temporary: Path, folder: Path) -> None:
     """Where another process was first, its store stands: it has the same name, so the same ids."""
-    with storage_errors(folder):
+    with storage_errors(folder, "data.cache_dir"):
         try:
             temporary.rename(folder)
         except OSError:
@@ -175,7 +177,7 @@ def _items(sources: tuple[str, ...], data: DataConfig, responses: int | None) ->
 def _note_of_failure(folder: Path) -> Iterator[None]:
     """Tells those who wait for `folder` why it will not come."""
     note = _failure_note(folder)
-    with storage_errors(note):
+    with storage_errors(note, "data.cache_dir"):
         note.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)
     try:

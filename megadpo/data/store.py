@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pyarrow as pa
 from megadpo.data.report import PrepareReport
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.errors import StorageError
+from megadpo.files import storage_errors
 
 LAYOUT = 1
 GROUPS_FILE = "groups.arrow"
@@ -122,7 +122,7 @@ class GroupStore:
         schema = pa.schema([("logp", pa.float32())], metadata=metadata)
         target = self._reference_file(digest)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with storage_errors(target):
+        with storage_errors(target, "data.cache_dir"):
             try:
                 with temporary.open("wb") as file:
                     with pa.ipc.new_file(file, schema) as writer:
@@ -177,7 +177,7 @@ class StoreWriter:
     _digest: Any = field(default_factory=hashlib.sha256)
 
     def __enter__(self) -> StoreWriter:
-        with storage_errors(self.folder):
+        with storage_errors(self.folder, "data.cache_dir"):
             self._file = (self.folder / GROUPS_FILE).open("wb")
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
         return self
@@ -189,12 +189,12 @@ class StoreWriter:
         for group in groups:
             self._digest.update(group_key(group).encode())
         self.groups += len(groups)
-        with storage_errors(self.folder):
+        with storage_errors(self.folder, "data.cache_dir"):
             self._writer.write(_record_batch(groups))
 
     def finish(self, report: PrepareReport) -> None:
         """Writes what makes the folder a store."""
-        with storage_errors(self.folder):
+        with storage_errors(self.folder, "data.cache_dir"):
             self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -213,16 +213,6 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turns what the disk says (full, read-only ...) into a StorageError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        what = error.strerror or str(error)
-        raise StorageError(f"{path}: cannot be written ({what}); make room or set data.cache_dir elsewhere") from error
 
 
 def _record_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a group's responses are all demonstrations."""
+"""Supervised fine-tuning: a group's one response is a demonstration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SFT:
     """
 
     needs_reference: ClassVar[bool] = False
-    responses: ClassVar[int | None] = None
+    responses: ClassVar[int | None] = 1
     metrics: ClassVar[tuple[str, ...]] = ("logps/response",)
 
     def problems(self) -> list[str]:

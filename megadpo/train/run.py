@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,13 +105,17 @@ def read_inputs(config: Config, rank: Rank) -> Inputs:
         if config.objective.needs_reference and reference != model:
             check_hf(reference_shape, reference)
 
-    def prepare(sources: tuple[str, ...]) -> GroupStore:
-        return prepare_or_wait(
-            sources, config.data, config.model.path, config.objective.responses, is_preparer=rank.rank == 0
-        )
+    def prepare(name: str, sources: tuple[str, ...]) -> GroupStore:
+        first = rank.rank == 0
+        screen = Screen(Terminal(sys.__stdout__)) if first else None
+        with screen.task(f"{name}: rows", None) if screen else nullcontext() as task:
+            return prepare_or_wait(
+                sources, config.data, str(model), config.objective.responses, first, task.to if task else None
+            )
 
-    train = prepare(config.data.train)
-    return Inputs(shape, reference_shape, train, prepare(config.data.eval) if config.data.eval else None)
+    train = prepare("data.train", config.data.train)
+    held_out = prepare("data.eval", config.data.eval) if config.data.eval else None
+    return Inputs(shape, reference_shape, train, held_out)
 
 
 def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, stop: StopSignal) -> bool:
@@ -248,7 +253,7 @@ def export(config: Config, run_dir: Path) -> None:
     target = export_target(config)
     fresh = target.with_name(target.name + ".new")
     screen = Screen(Terminal(sys.__stdout__))
-    with screen.task("export", None) as task:
+    with screen.task("export: percent", 100) as task:
         shutil.rmtree(fresh, ignore_errors=True)
         export_hf(
             newest,
@@ -256,7 +261,7 @@ def export(config: Config, run_dir: Path) -> None:
             fresh,
             config.export.dtype,
             int(config.export.max_shard_size_gb * 1e9),
-            lambda done, total: task.to(done),
+            lambda done, total: task.to(100 * done // total),
         )
         shutil.rmtree(target, ignore_errors=True)
         fresh.replace(target)

@@ -351,7 +351,7 @@ def test_full_disk(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_room, "_record_batch", full)
-    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); make room or set data"):
+    with pytest.raises(StorageError, match=r"cannot be written; the disk is full: free some space, or set data"):
         prepare(data.train, data, model, 2)
     assert [name.endswith(".failed") for name in left_over(data)] == [True]
 

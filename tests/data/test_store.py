@@ -192,7 +192,7 @@ def test_reference_write_that_fails_leaves_the_old_column(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); make room"):
+    with pytest.raises(StorageError, match=r"cannot be written; the disk is full: free some space"):
         store.write_reference("abc", column(store, 2))
     kept = store.reference("abc")
     assert kept is not None
