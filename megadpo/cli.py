@@ -175,26 +175,18 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from megadpo import checkpoint
     from megadpo.config.decode import load_config
+    from megadpo.train.export import export
 
     run_dir = Path(options.run_dir).expanduser()
     if not (run_dir / "run.yaml").is_file():
         raise CheckpointError(f"{run_dir}: has no run.yaml; give the run_dir of a training run")
-    config = load_config(run_dir / "run.yaml", [])
-
-    from megadpo.checkpoint.folder import latest
-    from megadpo.convert.exporter import export_hf
-    from megadpo.observe.progress import Screen, Terminal
-
-    checkpoint = Path(options.checkpoint).expanduser() if options.checkpoint else latest(run_dir)
-    if checkpoint is None:
+    config = load_config(run_dir / "run.yaml", [f"run_dir={run_dir}"])
+    folder = Path(options.checkpoint).expanduser() if options.checkpoint else checkpoint.latest(run_dir)
+    if folder is None:
         raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")
-    out = Path(options.out_dir).expanduser()
-    source, shard_bytes = Path(config.model.path).expanduser(), int(config.export.max_shard_size_gb * 1e9)
-    screen = Screen(Terminal())
-    with screen.task("export: bytes", None) as task:
-        export_hf(checkpoint, source, out, config.export.dtype, shard_bytes, lambda done, total: task.to(done))
-    screen.line(f"{checkpoint} exported to {out}")
+    export(config, folder, Path(options.out_dir).expanduser())
     return 0
 
 

@@ -339,9 +339,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     take_turns(sides, steps)
     yield side_table(sides, args.batch, args.warm_up)
     yield compare_table(sides, args.warm_up)
-    difference = max(
-        abs(a - b) for side in sides for a, b in zip(_losses(side), _losses(sides[0]), strict=True)
-    )
+    difference = max(abs(a - b) for side in sides for a, b in zip(_losses(side), _losses(sides[0]), strict=True))
     yield f"Losses of the same step differ between the sides by at most {difference:.1e}."
 
 

@@ -92,11 +92,11 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     import numpy as np
     import torch
 
-    from megadpo.config import BatchConfig, OptimizerConfig, ParallelConfig
+    from megadpo.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
     from megadpo.convert.families import read_shape
     from megadpo.convert.importer import load_hf
     from megadpo.data.store import GroupStore
-    from megadpo.data.stream import Stream, choose_budget
+    from megadpo.data.stream import open_streams
     from megadpo.model.build import build_chunks
     from megadpo.objectives import DPO
     from megadpo.parallel.context import grid, join_world
@@ -107,20 +107,24 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     torch.set_num_threads(work.threads)
     turns = Turns(answers)
     folder, parallel = Path(work.model), ParallelConfig(data_parallel_size=work.ranks)
+    config = Config(
+        run_dir="",
+        model=ModelConfig(work.model),
+        data=DataConfig(()),
+        parallel=parallel,
+        batch=BatchConfig(work.batch, work.micro, share_prompt=work.side == "shared"),
+        train=TrainConfig(shuffle=False),
+    )
     device = join_world(work.rank, work.ranks, 0, work.rendezvous)
     with grid(parallel, device, seed=0) as context:
         shape = read_shape(folder)
         modules = build_chunks(shape, parallel, context, "float32")
         load_hf(modules, shape, folder)
         chunks = wrap(modules, parallel)
-        optimizer = build_optimizer(chunks, OptimizerConfig(), parallel)
-        state, objective = TrainState(chunks, optimizer), DPO(beta=work.beta)
-        set_learning_rate(optimizer, work.learning_rate)
-        store = GroupStore.open(Path(work.store))
-        share = work.side == "shared"
-        batching = BatchConfig(global_batch_size=work.batch, micro_batch_size=work.micro, share_prompt=share)
-        budget = choose_budget([store], work.ranks, 1, 1, batching)
-        stream = Stream(store, budget, work.ranks, 1, shape.attended_pair_cost, share=share)
+        state = TrainState(chunks, build_optimizer(chunks, config.optimizer, parallel))
+        set_learning_rate(state.optimizer, work.learning_rate)
+        store, objective = GroupStore.open(Path(work.store)), DPO(beta=work.beta)
+        [stream] = open_streams(config, [store], work.ranks, shape.attended_pair_cost, fixed_length=False)
         column = np.full(int(store.offsets[-1]), np.nan, dtype=np.float32)
 
         def batches(consumed: int) -> list[PackedBatch]:

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from megadpo.config import BatchConfig
+from megadpo.config import BatchConfig, Config
 from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
 from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
 from megadpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a global batch fills the streams of all ranks."""
+
+    rows: int
+    """Rows that are not padding."""
+    padding_fraction: float
+    """Of all rows."""
+    prompt_tokens_saved: int
+    """Rows that repeated prompts would have taken."""
+    load_imbalance: float
+    """Cost of the costliest rank over the mean of all, minus 1; padding not counted."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,23 @@ class Stream:
     shuffle: bool = False
     share: bool = True
     """Whether a prompt stands once for all its responses."""
+    grain: int | None = None
+    """Streams end after their last group, rounded up to a multiple of this; None: all are as long as the budget."""
+
+    @cached_property
+    def tokens_G(self) -> np.ndarray:
+        """int64, rows that each group of the store takes."""
+        return stream_tokens(self.store, self.share)
+
+    @cached_property
+    def cost_G(self) -> np.ndarray:
+        """float64, what each group of the store costs, in units of one row's linear layers."""
+        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share)
+
+    @cached_property
+    def repeated_G(self) -> np.ndarray:
+        """int64, rows that each group would take with its prompt once per response."""
+        return stream_tokens(self.store, share=False)
 
     def next_groups(self, consumed: int, count: int) -> np.ndarray:
         """int64 [count]: store numbers of the next groups; independent of the grid."""
@@ -37,14 +69,59 @@ class Stream:
 
     def bins(self, groups: np.ndarray) -> list[list[Bin]]:
         """For each rank its micro-batches, as tuples of store numbers."""
-        tokens = stream_tokens(self.store, self.share)[groups]
-        cost = tokens + self.pair_cost * attention_area(self.store, self.share)[groups]
-        dealt = deal(tokens, cost, self.budget, self.ranks, self.multiple)
+        dealt = deal(self.tokens_G[groups], self.cost_G[groups], self.budget, self.ranks, self.multiple)
         return [[tuple(int(groups[i]) for i in bin_) for bin_ in part] for part in dealt]
 
     def batches(self, groups: np.ndarray, rank: int, reference: np.ndarray | None) -> list[PackedBatch]:
         """This data-parallel rank's micro-batches of these groups, on the CPU."""
-        return [pack(self.store, bin_, self.budget.tokens, reference, self.share) for bin_ in self.bins(groups)[rank]]
+        return self.pack(self.bins(groups)[rank], reference)
+
+    def pack(self, bins: list[Bin], reference: np.ndarray | None) -> list[PackedBatch]:
+        """A micro-batch of each bin, on the CPU."""
+        return [pack(self.store, bin_, self.length(bin_), reference, self.share) for bin_ in bins]
+
+    def length(self, bin_: Bin) -> int:
+        """Rows of a bin's stream, padding included."""
+        if self.grain is None:
+            return self.budget.tokens
+        return _round_up(max(int(self.tokens_G[list(bin_)].sum()), 1), self.grain)
+
+    def filling(self, bins: list[list[Bin]]) -> Filling:
+        """What to tell the user of a global batch, dealt as `bins`."""
+        groups = [group for part in bins for bin_ in part for group in bin_]
+        rows = int(self.tokens_G[groups].sum())
+        every = sum(self.length(bin_) for part in bins for bin_ in part)
+        repeated = int(self.repeated_G[groups].sum())
+        cost = np.array([sum(self.cost_G[list(bin_)].sum() for bin_ in part) for part in bins])
+        return Filling(rows, 1 - rows / every, repeated - rows, float(cost.max() / cost.mean() - 1))
+
+
+def open_streams(
+    config: Config, stores: list[GroupStore], ranks: int, pair_cost: float, fixed_length: bool
+) -> list[Stream]:
+    """A run's stores as streams, with one token budget for all.
+
+    ranks: data-parallel size. pair_cost: see Stream. fixed_length: whether the device wants every stream equally long;
+    a pipeline always does, as its stages exchange messages of one size. Raises ConfigError, see `choose_budget`.
+    """
+    grid = config.parallel
+    pipeline, virtual = grid.pipeline_model_parallel_size, grid.virtual_pipeline_model_parallel_size
+    multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
+    budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch)
+    return [
+        Stream(
+            store,
+            budget,
+            ranks,
+            multiple=pipeline if virtual else 1,
+            pair_cost=pair_cost,
+            seed=config.seed,
+            shuffle=config.train.shuffle,
+            share=config.batch.share_prompt,
+            grain=None if fixed_length or pipeline > 1 else multiple_of,
+        )
+        for store in stores
+    ]
 
 
 def choose_budget(

@@ -131,7 +131,7 @@ def load_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     """
     place = Path(path).expanduser()
     folder = place.parent if place.is_file() else place
-    files = [place] if place.is_file() else _tokenizer_files(place)
+    files = tokenizer_files(place)
     names = {file.name for file in files}
     if place.is_file() or names == {"tokenizer.model"}:
         backend = load_sentencepiece(files[0])
@@ -159,7 +159,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size_of_model: int) -> None:
         )
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What makes up the tokenizer of a folder, or the bare .model file that is given instead of one."""
+    if folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise TokenizerError(f"{folder}: no such folder or .model file; set data.tokenizer to one")
     files = sorted({file for pattern in FILES for file in folder.glob(pattern)})

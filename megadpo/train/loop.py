@@ -13,7 +13,6 @@ import numpy as np
 
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.data.batch import stream_tokens
 from megadpo.data.stream import Stream
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.evaluate import evaluate
@@ -72,7 +71,6 @@ def fit(
     A checkpoint is there when this returns, whichever it was.
     """
     length = run_length(config, len(train.stream.store))
-    tokens_G = stream_tokens(train.stream.store, train.stream.share)
 
     def save() -> None:
         run_dir = Path(config.run_dir).expanduser()
@@ -93,9 +91,10 @@ def fit(
         set_learning_rate(state.optimizer, rate)
         count = min(config.batch.global_batch_size, length.groups - state.consumed)
         groups = train.stream.next_groups(state.consumed, count)
-        batches = train.stream.batches(groups, context.data_rank, train.column)
+        bins = train.stream.bins(groups)
+        batches = train.stream.pack(bins[context.data_rank], train.column)
         sums, grad_norm = train_step(state, batches, config.objective, reference, context)
-        rows = int(tokens_G[groups].sum())
+        filling = train.stream.filling(bins)
         seconds = time.monotonic() - started
         log.step(
             {
@@ -105,12 +104,14 @@ def fit(
                 "grad_norm": grad_norm,
                 "learning_rate": rate,
                 **sums.metrics,
-                "num_tokens": rows,
+                "num_tokens": filling.rows,
                 "num_scored_tokens": sums.tokens,
-                "padding_fraction": 1 - rows / (len(batches) * context.data_size * train.stream.budget.tokens),
+                "padding_fraction": filling.padding_fraction,
+                "prompt_tokens_saved": filling.prompt_tokens_saved,
+                "load_imbalance": filling.load_imbalance,
                 "seconds": seconds,
                 "pairs_per_second": count / seconds,
-                "tokens_per_second": rows / seconds,
+                "tokens_per_second": filling.rows / seconds,
             }
         )
         if _due(config.train.eval_steps, state.step) and state.step < length.steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from megadpo import checkpoint
 from megadpo.config import Config
 from megadpo.config.check import check_grid
-from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.hf_files import weights_digest
 from megadpo.convert.importer import check_hf, load_hf
@@ -22,9 +20,9 @@ from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import stream_tokens
 from megadpo.data.prepare import prepare_or_wait
 from megadpo.data.store import GroupStore
-from megadpo.data.stream import Stream, choose_budget
+from megadpo.data.stream import Stream, open_streams
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
-from megadpo.errors import ConfigError, StorageError
+from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
 from megadpo.observe.log import RunLog, write_run_files
@@ -36,6 +34,7 @@ from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
+from megadpo.train.export import check_target, export, export_target, keep_template
 from megadpo.train.loop import Scored, fit, groups_per_pass, run_length
 from megadpo.train.optimizer import build_optimizer, wrap
 from megadpo.train.score import check_column, reference_digest, score_groups
@@ -64,8 +63,9 @@ def run_training(config: Config, rank: Rank) -> int:
         length = run_length(config, len(inputs.train))
         if rank.rank == 0:
             identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
-            check_export_target(config)
+            check_target(config)
             write_run_files(run_dir, config)
+            keep_template(config, inputs.train.report.template)
         device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
         with (
             grid(config.parallel, device, config.seed) as context,
@@ -76,7 +76,9 @@ def run_training(config: Config, rank: Rank) -> int:
         if not finished:
             return stop.exit_code
     if rank.rank == 0 and config.export.enabled:
-        export(config, run_dir)
+        newest = checkpoint.latest(run_dir)
+        assert newest is not None
+        export(config, newest, export_target(config), replace=True)
     return 0
 
 
@@ -135,13 +137,9 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
 
 
 def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:
-    """The training stream, then the held-out one where there is one; one token budget for both."""
-    multiple_of = context.tensor_size if context.sequence_parallel else 1
-    budget = choose_budget(stores, context.data_size, context.pipeline_size, multiple_of, config.batch)
-    multiple = context.pipeline_size if context.virtual_size > 1 else 1
+    """The training stream, then the held-out one where there is one."""
     cost = inputs.shape.attended_pair_cost
-    seed, shuffle, share = config.seed, config.train.shuffle, config.batch.share_prompt
-    return [Stream(store, budget, context.data_size, multiple, cost, seed, shuffle, share) for store in stores]
+    return open_streams(config, stores, context.data_size, cost, fixed_length=context.device.type == "cuda")
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
@@ -224,48 +222,10 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         f"objective  {config.objective}",
         f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
         *inputs.train.report.lines(),
-        f"batch      {config.batch.global_batch_size} groups per update, micro-batches of {stream.budget.tokens} "
-        f"tokens (a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
+        f"batch      {config.batch.global_batch_size} groups per update, micro-batches of "
+        f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens (a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
         f"optimizer  AdamW, distributed: {'yes' if parallel.use_distributed_optimizer else 'no'}",
     ]
-
-
-def export_target(config: Config) -> Path:
-    return Path(config.export.path or Path(config.run_dir) / "export").expanduser()
-
-
-def check_export_target(config: Config) -> None:
-    """Before any time is spent: the folder to export to must be free, unless this run has already filled it."""
-    target = export_target(config)
-    if config.export.enabled and target.is_dir() and any(target.iterdir()):
-        newest = checkpoint.latest(Path(config.run_dir).expanduser())
-        if newest is None or config.export.path:
-            raise StorageError(
-                f"export.path = {target}: is not empty; give a new folder, empty it, or set export.enabled: false"
-            )
-
-
-def export(config: Config, run_dir: Path) -> None:
-    """Write the newest checkpoint as a Hugging Face folder. One process, after the grid is gone: nobody waits in a
-    collective for a disk. The run's own older export is replaced once the new one is whole."""
-    newest = checkpoint.latest(run_dir)
-    assert newest is not None
-    target = export_target(config)
-    fresh = target.with_name(target.name + ".new")
-    screen = Screen(Terminal(sys.__stdout__))
-    with screen.task("export: percent", 100) as task:
-        shutil.rmtree(fresh, ignore_errors=True)
-        export_hf(
-            newest,
-            Path(config.model.path).expanduser(),
-            fresh,
-            config.export.dtype,
-            int(config.export.max_shard_size_gb * 1e9),
-            lambda done, total: task.to(100 * done // total),
-        )
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.replace(target)
-    screen.line(f"exported to {target}")
 
 
 def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:

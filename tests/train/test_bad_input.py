@@ -1,4 +1,4 @@
-"""What can be wrong with a run: one line that says what was given, what is allowed and what to do; nothing half-written."""
+"""What can be wrong with a run: one line that says what was given, what is allowed and what to do."""
 
 import json
 import re
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from train.test_run import run_file
 
 from megadpo.cli import main
+from train.test_run import run_file
 
 Change = Callable[[Path, Path], list[str]]
 """(a copy of the model folder, the data file) -> overrides for the command line."""
@@ -58,7 +58,7 @@ GOOD = {"prompt": "Once upon a time", "chosen": " there was joy.", "rejected": "
 CASES: dict[str, tuple[Change, str]] = {
     "misspelt setting": (settings("objective.beat=0.1"), r"did you mean objective\.beta\?"),
     "wrong type": (settings("batch.global_batch_size=many"), r"global_batch_size"),
-    "heads": (settings("parallel.tensor_model_parallel_size=3"), r"tensor_model_parallel_size = 3.*sizes that fit.*1, 2, 4"),
+    "heads": (settings("parallel.tensor_model_parallel_size=3"), r"tensor_model_parallel_size = 3.*fit.*1, 2, 4"),
     "stages": (settings("parallel.pipeline_model_parallel_size=6"), r"6 stages for 5 layers"),
     "too small a budget": (settings("batch.micro_batch_tokens=8"), r"the longest group takes \d+ tokens; raise it to"),
     "model folder": (settings("model.path=/nowhere/model"), r"/nowhere/model"),

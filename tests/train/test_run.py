@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -201,3 +202,34 @@ def test_supervised_training_lowers_the_loss(tmp_path: Path, shared: Path) -> No
     losses = [r["loss"] for r in metrics(tmp_path / "run")]
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4
     assert not list((tmp_path / "cache").glob("*/reference-*")), "supervised training needs no reference"
+
+
+def test_the_export_has_the_template_that_was_trained(tmp_path: Path, shared: Path) -> None:
+    """stories260k has none, so its conversations were rendered with ChatML; and data.tokenizer goes along."""
+    from transformers import AutoTokenizer
+
+    rows = tmp_path / "talk.jsonl"
+    turns = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "Yes!"), ("rejected", "No."))}
+    rows.write_text(json.dumps({"prompt": [{"role": "user", "content": "Hello?"}], **turns}) + "\n")
+    bare = shared / "models" / "stories260k" / "tokenizer.model"
+    path = run_file(
+        tmp_path,
+        shared,
+        data={"train": str(rows), "tokenizer": str(bare)},
+        parallel={"tensor_model_parallel_size": 1},
+        train={"max_steps": 1},
+        export={"enabled": True},
+    )
+    assert main(["train", str(path)]) == 0
+    export = tmp_path / "run" / "export"
+    template = (export / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in template
+    assert (export / "tokenizer.model").read_bytes() == bare.read_bytes()
+    assert not (export / "tokenizer.json").exists()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == template
+    shutil.copytree(shared / "models" / "stories260k", tmp_path / "whole")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    tokenizer.chat_template = template
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello?"}], tokenize=False)
+    assert text.startswith("<|im_start|>user\nHello?")

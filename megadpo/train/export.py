@@ -1,0 +1,78 @@
+"""From a checkpoint to a Hugging Face folder that is ready to use: weights, tokenizer, and the template trained with."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from megadpo import checkpoint
+from megadpo.config import Config
+from megadpo.convert.exporter import export_hf
+from megadpo.data.tokenizer import load_tokenizer, tokenizer_files
+from megadpo.errors import StorageError
+from megadpo.files import storage_errors, write_text
+from megadpo.observe.progress import Screen, Terminal
+
+TEMPLATE = "chat_template.jinja"
+OF_THE_MODEL = (TEMPLATE, "tokenizer_config.json")
+"""Sources of a chat template that a copy of the model's files brings along by itself."""
+
+
+def export_target(config: Config) -> Path:
+    return Path(config.export.path or Path(config.run_dir) / "export").expanduser()
+
+
+def check_target(config: Config) -> None:
+    """Before any time is spent: the folder to export to must be free, unless this run has filled it itself."""
+    target = export_target(config)
+    if not config.export.enabled or not target.is_dir() or not any(target.iterdir()):
+        return
+    started = checkpoint.latest(Path(config.run_dir).expanduser()) is not None
+    if config.export.path or not started:
+        raise StorageError(
+            f"export.path = {target}: is not empty; give a new folder, empty it, or set export.enabled: false"
+        )
+
+
+def keep_template(config: Config, source: str) -> None:
+    """Keep the chat template in the run folder where conversations were rendered with another one than the model's own.
+
+    source: where the template came from, as the data's report says ("none" where no conversation was rendered).
+    """
+    if source != "none" and (config.data.chat_template or source not in OF_THE_MODEL):
+        tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
+        write_text(Path(config.run_dir).expanduser() / TEMPLATE, tokenizer.chat_template)
+
+
+def export(config: Config, source: Path, out: Path, replace: bool = False) -> None:
+    """Write checkpoint `source` as the Hugging Face folder `out`; one process, no process group.
+
+    The tokenizer is the one that was trained with, the model's own or data.tokenizer. replace: an older `out` goes once
+    the new one is whole; else a folder that is not empty is a StorageError.
+    """
+    fresh = out.with_name(out.name + ".new") if replace else out
+    screen = Screen(Terminal(sys.__stdout__))
+    with screen.task("export: percent", 100) as task, storage_errors(out, "export.path"):
+        if replace:
+            shutil.rmtree(fresh, ignore_errors=True)
+        export_hf(
+            source,
+            Path(config.model.path).expanduser(),
+            fresh,
+            config.export.dtype,
+            int(config.export.max_shard_size_gb * 1e9),
+            lambda done, total: task.to(100 * done // total),
+        )
+        if config.data.tokenizer:
+            for stale in fresh.glob("token*"):
+                stale.unlink()
+            for file in tokenizer_files(Path(config.data.tokenizer).expanduser()):
+                shutil.copyfile(file, fresh / ("tokenizer.model" if file.suffix == ".model" else file.name))
+        template = Path(config.run_dir).expanduser() / TEMPLATE
+        if template.is_file():
+            shutil.copyfile(template, fresh / TEMPLATE)
+        if replace:
+            shutil.rmtree(out, ignore_errors=True)
+            fresh.replace(out)
+    screen.line(f"{source} exported to {out}")
