@@ -73,5 +73,4 @@ def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arg
             torch.distributed.destroy_process_group()
         except BaseException:
             (folder / f"{rank}.error").write_text(traceback.format_exc())
-            os._exit(1)
-    os._exit(0)
+            raise SystemExit(1) from None

@@ -1,6 +1,6 @@
 """Write docs/run_file.md and docs/run_file.schema.json from the dataclasses that read the run file.
 
-    python tools/make_docs.py            writes both; the test-suite fails where they are not current
+python tools/make_docs.py            writes both; the test-suite fails where they are not current
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ def export_hf(
     source, out = Path(source_folder).expanduser(), Path(out_dir).expanduser().resolve()
     shape, config = read_shape(source), ConfigJson(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(
-            f"{out} exists and is not an empty folder: give a new path for the export, or empty it"
-        )
+        raise StorageError(f"{out} exists and is not an empty folder: give a new path for the export, or empty it")
     checkpoint = TorchDist(checkpoint_dir)
     sources = find(checkpoint, shape, source)
     name = dtype or _dtype_of(config, checkpoint.dtype(sources[0].key))
@@ -106,9 +104,7 @@ def export_hf(
         _write_config(partial / "config.json", config, name)
         os.replace(partial, out)
     except OSError as error:
-        raise StorageError(
-            f"{error.filename or out}: {error.strerror}; the export was not written"
-        ) from error
+        raise StorageError(f"{error.filename or out}: {error.strerror}; the export was not written") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -195,9 +191,7 @@ def _check_space(out: Path, needed: int) -> None:
     folder = next(x for x in (out, *out.parents) if x.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise StorageError(
-            f"{out}: the export needs {needed} bytes, {free} are free there; give another path"
-        )
+        raise StorageError(f"{out}: the export needs {needed} bytes, {free} are free there; give another path")
 
 
 def _adding(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
@@ -247,9 +241,7 @@ def _hf_tensors(source: Source, dtype: torch.dtype, checkpoint: TorchDist) -> It
                     values[rows.start : rows.start + rows.count] = whole[at : at + rows.count]
                 at += rows.count
         if not all_finite(values):
-            reason = (
-                "" if not all_finite(whole) else f" as {CODES[dtype]}, whose range is too small; use bfloat16"
-            )
+            reason = "" if not all_finite(whole) else f" as {CODES[dtype]}, whose range is too small; use bfloat16"
             raise CheckpointError(f"{checkpoint.folder}: {name} has NaN or Inf{reason}; nothing was exported")
         yield values
 

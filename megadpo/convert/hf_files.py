@@ -73,9 +73,7 @@ def read_header(path: Path) -> Header:
                 )
             text = file.read(length)
     except FileNotFoundError:
-        raise ModelError(
-            f"{path} is missing; the folder's download is not complete, get the file again"
-        ) from None
+        raise ModelError(f"{path} is missing; the folder's download is not complete, get the file again") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     try:
@@ -122,9 +120,7 @@ class HFFiles:
             raise self._no_weights()
         where = read_json(self.folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not where:
-            raise ModelError(
-                f"{self.folder / INDEX}: has no weight_map that says which tensor is in which file"
-            )
+            raise ModelError(f"{self.folder / INDEX}: has no weight_map that says which tensor is in which file")
         for name, file in where.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ModelError(

@@ -88,8 +88,7 @@ def _sources(piece: Any, tensor: MegatronTensor) -> Iterator[tuple[slice, str, t
     """(rows of the piece, HF name, part of that tensor) for everything that the piece is made of."""
     first, count = piece.global_offset[0], piece.local_shape[0]
     others = tuple(
-        slice(start, start + size)
-        for start, size in zip(piece.global_offset[1:], piece.local_shape[1:], strict=True)
+        slice(start, start + size) for start, size in zip(piece.global_offset[1:], piece.local_shape[1:], strict=True)
     )
     at = 0
     for rows in tensor.rows:
@@ -106,9 +105,7 @@ def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
     for place, name, part in _sources(piece, tensor):
         values = files.slice(name)[part]
         if not all_finite(values):
-            raise ModelError(
-                f"{files.folder}: {name} has NaN or Inf: the weights are damaged; get or make them again"
-            )
+            raise ModelError(f"{files.folder}: {name} has NaN or Inf: the weights are damaged; get or make them again")
         piece.data[place].copy_(values)
 
 

@@ -90,30 +90,20 @@ class TorchDist:
         covered = 0
         for chunk in self.tensors[key].chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)
-            ]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             stored = self._chunk(key, chunk)
             box[_slices(low, high, start)] = stored[_slices(low, high, chunk.offsets)]
             covered += math.prod(b - a for a, b in zip(low, high, strict=True))
         if covered != box.numel():
-            raise CheckpointError(
-                f"{self.folder}: {key} is incomplete: {covered} of {box.numel()} values are there"
-            )
+            raise CheckpointError(f"{self.folder}: {key} is incomplete: {covered} of {box.numel()} values are there")
         return box
 
     def _chunk(self, key: str, chunk: metadata.ChunkStorageMetadata) -> Tensor:
         place = self._places.get(metadata.MetadataIndex(key, chunk.offsets))
-        if (
-            place is None
-            or Path(place.relative_path).name != place.relative_path
-            or place.transform_descriptors
-        ):
-            raise CheckpointError(
-                f"{self.folder}: .metadata does not say where {key} {list(chunk.offsets)} lies"
-            )
+        if place is None or Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+            raise CheckpointError(f"{self.folder}: .metadata does not say where {key} {list(chunk.offsets)} lies")
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:

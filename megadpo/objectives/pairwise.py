@@ -72,8 +72,6 @@ class DPO:
         policy_G2 = sequences.policy_S.view(-1, 2)
         reward_G2 = self.beta * (policy_G2 - sequences.reference_S.view(-1, 2))
         margin_G = reward_G2[:, 0] - reward_G2[:, 1]
-        loss_G = (
-            -(1 - self.label_smoothing) * logsigmoid(margin_G) - self.label_smoothing * logsigmoid(-margin_G)
-        )
+        loss_G = -(1 - self.label_smoothing) * logsigmoid(margin_G) - self.label_smoothing * logsigmoid(-margin_G)
         count = torch.tensor(len(loss_G), dtype=torch.int, device=loss_G.device)
         return Outcome(loss_G.sum(), count, pair_metrics(policy_G2, reward_G2))

@@ -96,9 +96,7 @@ def save(state: dict[str, Tensor], folder: Path) -> Path:
 def llama3(models: dict[str, Path], tmp_path: Path) -> SimpleNamespace:
     """A source, its state (to be changed before `save`), and where to write."""
     source = Path(shutil.copytree(models["llama3"], tmp_path / "source"))
-    return SimpleNamespace(
-        source=source, state=megatron(source), checkpoint=tmp_path / "step", out=tmp_path / "out"
-    )
+    return SimpleNamespace(source=source, state=megatron(source), checkpoint=tmp_path / "step", out=tmp_path / "out")
 
 
 def refused(case: SimpleNamespace, kind: type[Exception] = CheckpointError, **options: object) -> str:
@@ -223,9 +221,7 @@ def test_unknown_dtype_in_config(llama3: SimpleNamespace) -> None:
     path = llama3.source / "config.json"
     path.write_text(path.read_text().replace('"float32"', '"float8_e4m3fn"'))
     save(llama3.state, llama3.checkpoint)
-    assert 'dtype is "float8_e4m3fn"; supported: "bfloat16", "float16", "float32"' in refused(
-        llama3, ModelError
-    )
+    assert 'dtype is "float8_e4m3fn"; supported: "bfloat16", "float16", "float32"' in refused(llama3, ModelError)
 
 
 @pytest.mark.parametrize("key", ["decoder.layers.mlp.linear_fc2.weight", "output_layer.weight"])
@@ -256,9 +252,7 @@ def test_checkpoint_of_another_model(llama3: SimpleNamespace) -> None:
     assert f"{llama3.checkpoint} does not fit the model in {llama3.source}" in message
     assert "missing: decoder.final_layernorm.weight" in message
     assert "not part of that model: decoder.layers.mlp.linear_fc2.bias" in message
-    assert (
-        "of another shape or dtype: embedding.word_embeddings.weight (100 x 64, torch.float32), " in message
-    )
+    assert "of another shape or dtype: embedding.word_embeddings.weight (100 x 64, torch.float32), " in message
     assert "linear_proj.weight (6 x 64 x 64, torch.float32), " in message
     assert "mlp.linear_fc1.weight (5 x 200 x 64, torch.float32)" in message
 
@@ -320,17 +314,11 @@ def test_hostile_metadata_is_refused_and_runs_nothing(llama3: SimpleNamespace, t
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-@pytest.mark.parametrize(
-    "name", ["builtins eval", "os system", "torch load", "builtins getattr", "pathlib Path.touch"]
-)
+@pytest.mark.parametrize("name", ["builtins eval", "os system", "torch load", "builtins getattr", "pathlib Path.touch"])
 def test_metadata_may_name_nothing_but_its_own_classes(name: str, protocol: int, tmp_path: Path) -> None:
     module, attribute = name.split()
     if protocol == 5:
-        data = (
-            b"\x80\x05"
-            + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in (module, attribute))
-            + b"\x93."
-        )
+        data = b"\x80\x05" + b"".join(b"\x8c" + bytes([len(x)]) + x.encode() for x in (module, attribute)) + b"\x93."
     else:
         data = f"c{module}\n{attribute}\n.".encode()
     (tmp_path / ".metadata").write_bytes(data)
@@ -394,9 +382,7 @@ def test_rest_of_a_killed_export_is_replaced(llama3: SimpleNamespace) -> None:
     assert [x.name for x in llama3.out.glob("*.safetensors")] == [WHOLE]
 
 
-def test_too_little_space_is_seen_before_writing(
-    llama3: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_seen_before_writing(llama3: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     save(llama3.state, llama3.checkpoint)
     monkeypatch.setattr(exporter.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     needed = sum(x.nbytes for x in weights(llama3.source).values())
@@ -405,9 +391,7 @@ def test_too_little_space_is_seen_before_writing(
 
 
 def test_export_needs_no_megatron() -> None:
-    code = (
-        "import sys, megadpo.convert.exporter; sys.exit(any(x.startswith('megatron') for x in sys.modules))"
-    )
+    code = "import sys, megadpo.convert.exporter; sys.exit(any(x.startswith('megatron') for x in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

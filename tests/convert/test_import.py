@@ -172,9 +172,7 @@ def test_tied_folder_with_an_output_layer(models: dict[str, Path], tmp_path: Pat
     folder = tmp_path / "tied"
     folder.mkdir()
     shutil.copy(models["tied"] / "config.json", folder)
-    tensors = {
-        name: x for file in models["tied"].glob("*.safetensors") for name, x in load_file(file).items()
-    }
+    tensors = {name: x for file in models["tied"].glob("*.safetensors") for name, x in load_file(file).items()}
     save_file(tensors | {"lm_head.weight": tensors[EMBEDDING].clone()}, folder / WHOLE)
     check_hf(read_shape(folder), folder)
     load_hf([WholeModel(folder)], read_shape(folder), folder)
@@ -191,9 +189,7 @@ def test_model_of_another_shape_is_a_defect(models: dict[str, Path]) -> None:
         load_hf([model], read_shape(models["llama3"]), models["llama3"])
     model = WholeModel(models["llama3"])
     model.tensors["decoder.final_layernorm.weight"] = torch.zeros(65)
-    with pytest.raises(
-        ValueError, match=r"final_layernorm\.weight was built as \(65,\), its table says \(64,\)"
-    ):
+    with pytest.raises(ValueError, match=r"final_layernorm\.weight was built as \(65,\), its table says \(64,\)"):
         load_hf([model], read_shape(models["llama3"]), models["llama3"])
 
 
@@ -241,9 +237,7 @@ def test_broken_header(edit: Callable[[dict], Any], whole: Path) -> None:
     assert f"{whole / WHOLE}: broken safetensors header" in refused(whole)
 
 
-@pytest.mark.parametrize(
-    "file", ["../whole/model.safetensors", "/etc/passwd", "sub/x.safetensors", 7, "x.bin"]
-)
+@pytest.mark.parametrize("file", ["../whole/model.safetensors", "/etc/passwd", "sub/x.safetensors", 7, "x.bin"])
 def test_index_that_points_elsewhere(file: str | int, sharded: Path) -> None:
     edit_index(sharded, lambda where: where.update({Q: file}))
     message = refused(sharded)
@@ -261,9 +255,7 @@ def test_index_that_names_what_is_not_there(sharded: Path) -> None:
 def test_tensor_that_stands_in_two_files(sharded: Path) -> None:
     path = sharded / "model-00003-of-00011.safetensors"
     save_file(load_file(path) | {EMBEDDING: torch.zeros(131, 64)}, path)
-    with pytest.raises(
-        ModelError, match=r"holds model\.embed_tokens\.weight, but .* says it is in model-00001"
-    ):
+    with pytest.raises(ModelError, match=r"holds model\.embed_tokens\.weight, but .* says it is in model-00001"):
         check_hf(read_shape(sharded), sharded)
 
 

@@ -104,9 +104,7 @@ def convert(device: torch.device, folders: dict[str, Path], grids: list[str], ou
                 if context.is_first:
                     checkpoint.mkdir(parents=True)
                 torch.distributed.barrier()
-                state = {
-                    f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)
-                }
+                state = {f"model{i}": chunk.sharded_state_dict(metadata=METADATA) for i, chunk in enumerate(chunks)}
                 dist_checkpointing.save(state, str(checkpoint), content_metadata=METADATA)
     return results
 
@@ -196,15 +194,13 @@ def test_transformers_loads_the_export(
     export_hf(checkpoints / model / "TP2 PP2", folders[model], out, max_shard_bytes=90_000)
     loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert {name: list(found) for name, found in info.items() if found} == {}
-    assert loaded.config.to_dict() == AutoModelForCausalLM.from_pretrained(
-        folders[model]
-    ).config.to_dict() | {"_name_or_path": str(out)}
+    assert loaded.config.to_dict() == AutoModelForCausalLM.from_pretrained(folders[model]).config.to_dict() | {
+        "_name_or_path": str(out)
+    }
     assert torch.equal(judge(out), logprobs[model])
 
 
-MISTAKES: dict[
-    str, tuple[dict[str, Any], tuple[str, str]]
-] = {  # changes of the shape, names exchanged in the table
+MISTAKES: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {  # changes of the shape, names exchanged in the table
     "none": ({}, ("", "")),
     "theta off by 0.1%": ({"rotary_base": 500500.0}, ("", "")),
     "no rope scaling": ({"rope_scaling": None}, ("", "")),

@@ -142,9 +142,7 @@ def test_both_spellings_of_rope(
         ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes"; supported: true or false'),
     ],
 )
-def test_refused_with_field_value_and_what_is_supported(
-    fields: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_refused_with_field_value_and_what_is_supported(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
         read_shape(folder(tmp_path, **fields))
     assert message in str(error.value)
@@ -191,9 +189,7 @@ def test_every_row_of_the_table_is_used() -> None:
     unused = {weight.megatron for weight in WEIGHTS}
     for model in MODELS.values():
         tied, bias = bool(model.get("tie_word_embeddings")), bool(model.get("attention_bias"))
-        shape = SimpleNamespace(
-            tied=tied, qkv_bias=bias, proj_bias=bias, mlp_bias=bool(model.get("mlp_bias"))
-        )
+        shape = SimpleNamespace(tied=tied, qkv_bias=bias, proj_bias=bias, mlp_bias=bool(model.get("mlp_bias")))
         unused -= {weight.megatron for weight in WEIGHTS if weight.when(shape)}
     assert unused == set()
 

@@ -21,18 +21,11 @@ def read_shape(folder: str | Path) -> ModelShape:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise ModelError(
-            f"{folder} is not a folder: give a Hugging Face model folder (config.json, safetensors)"
-        )
+        raise ModelError(f"{folder} is not a folder: give a Hugging Face model folder (config.json, safetensors)")
     config = ConfigJson(folder)
     known = {family.architecture: family for family in FAMILIES}
     names = config.get("architectures")
-    if (
-        not isinstance(names, list)
-        or len(names) != 1
-        or not isinstance(names[0], str)
-        or names[0] not in known
-    ):
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
         raise config.wrong("architectures", f"one of {', '.join(sorted(known))}")
     return known[names[0]].read_shape(config)
 

@@ -21,9 +21,7 @@ WEIGHTS = (
         lambda s: s.qkv_bias,
     ),
     Weight(LAYER + "self_attention.linear_proj.weight", HF + "self_attn.o_proj.weight", "D Q"),
-    Weight(
-        LAYER + "self_attention.linear_proj.bias", HF + "self_attn.o_proj.bias", "D", lambda s: s.proj_bias
-    ),
+    Weight(LAYER + "self_attention.linear_proj.bias", HF + "self_attn.o_proj.bias", "D", lambda s: s.proj_bias),
     Weight(LAYER + "mlp.linear_fc1.layer_norm_weight", HF + "post_attention_layernorm.weight", "D"),
     Weight(LAYER + "mlp.linear_fc1.weight_w", HF + "mlp.gate_proj.weight", "F D"),
     Weight(LAYER + "mlp.linear_fc1.weight_v", HF + "mlp.up_proj.weight", "F D"),
@@ -60,9 +58,7 @@ def read_shape(config: ConfigJson) -> ModelShape:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({heads}), or head_dim given")
     head = config.integer("head_dim", default=hidden // heads)
     if head % 2:
-        raise config.wrong(
-            "head_dim", f"an even number (here it would be {head}): rotary embedding turns pairs"
-        )
+        raise config.wrong("head_dim", f"an even number (here it would be {head}): rotary embedding turns pairs")
     theta, scaling = read_rope(config, default_theta=10000.0)
     attention_bias = config.flag("attention_bias", default=False)
     return ModelShape(
