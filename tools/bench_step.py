@@ -22,6 +22,7 @@ Memory is resident memory over that of the process before its model was built, t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -34,7 +35,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from step_sides import LAYOUTS, TRL, Work
@@ -277,7 +277,7 @@ def side_table(sides: list[Side], batch: int, warm_up: int) -> str:
 def compare_table(sides: list[Side], warm_up: int) -> str:
     """Each layout against the one before it."""
     rows = [["", "by the clock", "by processor time"]]
-    for slower, faster in zip(sides, sides[1:], strict=False):
+    for slower, faster in itertools.pairwise(sides):
         measured = [
             ratio(seconds(faster.steps[warm_up:], what), seconds(slower.steps[warm_up:], what))
             for what in ("seconds", "processor")
@@ -358,8 +358,8 @@ def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     store = write_store(folder / "store", pairs[: steps * args.batch], size.vocab)
     yield _about(parameters, store, args)
     work = Work("", str(model), str(folder / "store"), args.batch, args.micro, steps, args.threads)
-    ours = start("shared", replace(work, side="shared", micro=None, threads=args.threads // args.ranks, ranks=args.ranks),
-                 sys.executable, folder)  # fmt: skip
+    own = replace(work, side="shared", micro=None, threads=args.threads // args.ranks, ranks=args.ranks)
+    ours = start("shared", own, sys.executable, folder)
     theirs = [start(name, replace(work, side=name), args.trl_python, folder) for name in TRL]
     take_turns([theirs[0], ours, theirs[1]], steps)
     yield side_table([ours, *theirs], args.batch, args.warm_up)

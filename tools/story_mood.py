@@ -24,8 +24,8 @@ HAPPY = {
     "nice", "kind", "good", "great", "beautiful", "wonderful", "best", "enjoyed", "thankful", "cheerful",
 }  # fmt: skip
 SAD = {
-    "sad", "cry", "cried", "crying", "scared", "afraid", "angry", "mad", "lost", "hurt", "bad", "broke", "broken", "alone",
-    "lonely", "worried", "upset", "sorry", "mean", "tears", "fell", "unhappy", "pain", "hate", "died", "dark",
+    "sad", "cry", "cried", "crying", "scared", "afraid", "angry", "mad", "lost", "hurt", "bad", "broke", "broken",
+    "alone", "lonely", "worried", "upset", "sorry", "mean", "tears", "fell", "unhappy", "pain", "hate", "died", "dark",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a Hugging Face folder that is ready to use: weights, tokenizer, and the template trained with."""
+"""From a checkpoint to a Hugging Face folder that is ready to use: weights, tokenizer, the template trained with."""
 
 from __future__ import annotations
 

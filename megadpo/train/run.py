@@ -223,7 +223,8 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
         *inputs.train.report.lines(),
         f"batch      {config.batch.global_batch_size} groups per update, micro-batches of "
-        f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens (a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
+        f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens "
+        f"(a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
         f"optimizer  AdamW, distributed: {'yes' if parallel.use_distributed_optimizer else 'no'}",
     ]
 
