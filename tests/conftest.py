@@ -10,6 +10,10 @@ import torch
 # its parent had, so this process must never start one.
 torch.set_num_threads(1)
 
+# Without a GPU, Triton's kernels are tested in its interpreter. Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

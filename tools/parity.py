@@ -6,7 +6,7 @@
 Both sides start from the same weights and train on the same token ids, which megadpo's tokeniser makes:
 AdamW, constant learning rate, no warm-up, no weight decay, clipping at 1, file order. Printed are, per step,
 the absolute differences of the loss (nats), rewards/* (nats times beta) and logps/* (nats), and the relative
-difference of grad_norm.
+difference of grad_norm. Then the logits of a text, here and in transformers (tools/logits.py).
 
 Exit code 1 where a difference is over its limit, is not a number, or is missing, or where the first loss is
 not ln 2; 2 where a side did not run. `rewards/accuracies` is shown without a limit: a tie is half a hit for
@@ -189,6 +189,12 @@ def _run(side: str, command: list[str]) -> None:
 # The command line -------------------------------------------------------------------------------------------
 
 
+def logits_agree(task: Task) -> bool:
+    """Whether tools/logits.py finds the logits of the model's own text within its limit; it prints the figure."""
+    command = [sys.executable, str(Path(__file__).with_name("logits.py"))]
+    return subprocess.run([*command, "--model", str(task.model), "--data", str(task.data)]).returncode == 0
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder")
@@ -245,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     console.print(summary_table(comparisons))
-    return 1 if any(comparison.faults for comparison in comparisons.values()) else 0
+    good = logits_agree(task) and not any(comparison.faults for comparison in comparisons.values())
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megadpo_kernels import Backend as LogprobBackend
+from megadpo_kernels import triton_problem
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -18,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import ModelShape
+from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.policy import Policy
 from megadpo.model.rope import inverse_frequencies
@@ -164,9 +167,20 @@ def _mark(weight: torch.nn.Parameter, dim: int) -> None:
 
 
 def build_chunks(
-    shape: ModelShape, parallel: ParallelConfig, context: ParallelContext, dtype: str, recompute: str = "none"
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    dtype: str,
+    recompute: str = "none",
+    logprob_backend: LogprobBackend = "auto",
 ) -> list[Policy]:
-    """This rank's model chunks (one without interleaving), on its device, parameters not yet filled."""
+    """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
+
+    Raises MachineError where the log-probability back end cannot run on this device.
+    """
+    problem = triton_problem(context.device) if logprob_backend == "triton" else None
+    if problem:
+        raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
     config = transformer_config(shape, parallel, dtype, recompute, context.device)
     backend = choose_backend(context.device, DTYPES[dtype])
     chunks = []
@@ -185,6 +199,7 @@ def build_chunks(
             vp_stage=stage,
             valid_vocab=shape.vocab_size,
             attention=backend,
+            logprob_backend=logprob_backend,
         )
         mark_tensor_parallel(chunk)
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(context.device)

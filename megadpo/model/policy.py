@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megadpo_kernels import Backend as LogprobBackend
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -18,8 +19,11 @@ class Policy(GPTModel):
     Everything else is Megatron-Core's: parameters, initialisation, checkpoint keys, pipeline input.
     """
 
-    def __init__(self, *args: Any, valid_vocab: int, attention: Backend, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, valid_vocab: int, attention: Backend, logprob_backend: LogprobBackend, **kwargs: Any
+    ) -> None:
         self.valid_vocab = valid_vocab
+        self.logprob_backend = logprob_backend
         self.attention = attention
         super().__init__(*args, **kwargs)
 
@@ -36,6 +40,7 @@ class Policy(GPTModel):
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
                 tp_group=self.pg_collection.tp,
                 valid_vocab=self.valid_vocab,
+                logprob_backend=self.logprob_backend,
             )
         super().setup_embeddings_and_output_layer()
 

@@ -14,6 +14,7 @@ from train.engine import Case, build
 from megadpo.data.batch import pack
 from megadpo.data.packing import Budget
 from megadpo.data.tokenize import TokenizedGroup
+from megadpo.model.logits import text_logits
 from megadpo.parallel.context import grid
 from megadpo.train.step import response_sums
 
@@ -108,20 +109,12 @@ def test_chosen_and_rejected_are_treated_alike(tmp_path: Path) -> None:
         assert torch.equal(a[2 * group + 1], b[2 * group])
 
 
-def logits(device: torch.device, case: Case) -> torch.Tensor:
-    """float32 [T, vocabulary] of the first group's prompt and first response, over all tensor-parallel ranks."""
+def logits(device: torch.device, case: Case, ids: list[int]) -> tuple[torch.Tensor, int]:
+    """Logits of a text, and how many rows of its hidden states this rank holds."""
     with grid(case.parallel, device, 0) as context:
-        state, _ = build(case, context)
-        group = case.store.groups[0]
-        whole = MemoryStore([TokenizedGroup("whole", group.prompt_ids[:1], (group.prompt_ids[1:],))])
-        batch = pack(whole, [0], case.budget.tokens, None)
-        policy = state.modules[0]
-        hidden = policy.hidden_states(batch)
-        head = policy.tied_weight()
-        part = hidden[: len(group.prompt_ids) - 1, 0] @ (policy.output_layer.weight if head is None else head).t()
-        parts = [torch.empty_like(part) for _ in range(context.tensor_size)]
-        torch.distributed.all_gather(parts, part.detach().contiguous(), group=context.groups.tp)
-        return torch.cat(parts, -1)
+        policy = build(case, context)[0].modules[0]
+        rows = policy.hidden_states(pack(case.store, [0], case.budget.tokens, None)).shape[0]
+        return text_logits(policy, ids, context), rows
 
 
 def test_logits_of_a_real_model(shared: Path) -> None:
@@ -133,9 +126,11 @@ def test_logits_of_a_real_model(shared: Path) -> None:
     ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:300]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        want = model(torch.tensor(ids)[None]).logits[0, :-1]
-    store = MemoryStore([TokenizedGroup("text", np.array(ids, dtype=np.int32), (np.array([5], dtype=np.int32),))])
-    case = Case(folder, store, budget=Budget(320))
-    for world, tensor in ((1, 1), (2, 2)):
-        got = run_ranks(world, logits, replace(case, tensor=tensor))[0]
-        assert float((got[:, :512] - want).abs().max()) < 1e-4
+        want = model(torch.tensor(ids)[None]).logits[0]
+    case = Case(folder, random_groups(1, vocab=512), budget=Budget(64))
+    layouts = [(1, case, 64), (2, replace(case, tensor=2), 64), (2, replace(case, tensor=2, sequence=True), 32)]
+    for world, layout, rows in layouts:
+        got, held = run_ranks(world, logits, layout, ids)[0]
+        assert got.shape == want.shape
+        assert float((got - want).abs().max()) < 1e-4
+        assert held == rows, "sequence parallelism splits the hidden states, and nothing else does"

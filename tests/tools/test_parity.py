@@ -53,9 +53,24 @@ def test_exit_code(
 ) -> None:
     monkeypatch.setattr(parity, "trl_records", lambda *_: steps())
     monkeypatch.setattr(parity, "megadpo_records", lambda *_: ours)
+    monkeypatch.setattr(parity, "logits_agree", lambda _: True)
     args = ["--model", str(made / "model"), "--data", str(made / "pairs_train.jsonl"), *MADE_ARGS]
     assert parity.main(args) == code
     assert ("over the limits" in capsys.readouterr().out) == bool(code)
+
+
+def test_for_real(shared: Path) -> None:
+    """Five steps against TRL itself on tensor 2 x pipeline 2; `make parity` runs 20 on six grids."""
+    stories = ["--model", str(shared / "models" / "stories260k"), "--steps", "5", "--tp", "2", "--pp", "2"]
+    assert parity.main([*stories, "--data", str(shared / "data" / "stories_pairs_train.jsonl")]) == 0
+
+
+def test_logits_count(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "trl_records", lambda *_: steps())
+    monkeypatch.setattr(parity, "megadpo_records", lambda *_: steps())
+    monkeypatch.setattr(parity, "logits_agree", lambda _: False)
+    args = ["--model", str(made / "model"), "--data", str(made / "pairs_train.jsonl"), *MADE_ARGS]
+    assert parity.main(args) == 1
 
 
 def test_every_grid_counts(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +82,7 @@ def test_every_grid_counts(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(parity, "trl_records", lambda *_: steps())
     monkeypatch.setattr(parity, "megadpo_records", ours)
+    monkeypatch.setattr(parity, "logits_agree", lambda _: True)
     args = ["--model", str(made / "model"), "--data", str(made / "pairs_train.jsonl"), "--grids", *MADE_ARGS]
     assert parity.main(args) == 1
     assert asked == ["TP1", "TP2", "TP2 + SP", "PP2", "TP2 x PP2", "DP2"]
