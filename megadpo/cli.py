@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -80,8 +81,14 @@ def _parser() -> Parser:
     evaluate.add_argument(
         "--checkpoint", metavar="DIR", help="the run folder's newest, or the model itself, where not given"
     )
-    inspect = add("inspect", _inspect, "Print the tokens of one group, the scored ones marked.")
-    inspect.add_argument("--group", type=int, default=0, metavar="N", help="its number, from 0")
+    inspect = add("inspect", _inspect, "Draw one group's tokens, or the packed stream of one micro-batch.")
+    what = inspect.add_mutually_exclusive_group()
+    what.add_argument("--group", type=int, default=0, metavar="N", help="the group's number, from 0")
+    what.add_argument(
+        "--batch",
+        metavar="[STEP:]NUMBER",
+        help="a micro-batch on data rank 0, from 0, of the first step or of STEP (from 1, as in the log)",
+    )
     inspect.add_argument("--eval", action="store_true", help="of data.eval, not of data.train")
     inspect.add_argument("--ids", action="store_true", help="print token ids too")
     export = add("export", _export, "Write a run's newest checkpoint as a Hugging Face folder.", run_file=False)
@@ -159,6 +166,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from megadpo.observe.tokens import group_text
 
     config = _config(options)
+    if options.batch is not None:
+        return _inspect_batch(config, options)
     name, sources = ("data.eval", config.data.eval) if options.eval else ("data.train", config.data.train)
     if not sources:
         raise DataError(f"{name} is not given in the run file; name files there, or leave --eval out")
@@ -174,6 +183,17 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect_batch(config: Config, options: argparse.Namespace) -> int:
+    from megadpo.inspection import batch_text
+    from megadpo.observe.progress import Terminal
+
+    if options.eval:
+        raise DataError("--eval: --batch shows the batches of training; leave one of the two out")
+    terminal = Terminal()
+    terminal.print(batch_text(config, options.batch, options.ids, terminal.width), soft_wrap=True)
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from megadpo import checkpoint
     from megadpo.config.decode import load_config
@@ -182,7 +202,7 @@ def _export(options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir).expanduser()
     if not (run_dir / "run.yaml").is_file():
         raise CheckpointError(f"{run_dir}: has no run.yaml; give the run_dir of a training run")
-    config = load_config(run_dir / "run.yaml", [f"run_dir={run_dir}"])
+    config = replace(load_config(run_dir / "run.yaml", []), run_dir=str(run_dir))
     folder = Path(options.checkpoint).expanduser() if options.checkpoint else checkpoint.latest(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")

@@ -47,6 +47,9 @@ from megadpo.data.store import GroupStore, StoreWriter
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.errors import MegadpoError
 
+LOSSES_APART = 1e-3
+"""Nats between the losses of two sides at the same step, from which on they do not do the same work."""
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -139,7 +142,7 @@ def texts(data: Path) -> Iterator[str]:
                 if isinstance(text, str):
                     yield text
                 else:
-                    yield from (turn["content"] for turn in text)
+                    yield from (turn.content for turn in text)
 
 
 def data_pairs(data: Path, model: Path, max_length: int, cache: Path) -> list[TokenizedGroup]:
@@ -244,7 +247,7 @@ def ratio(faster: Sequence[float], slower: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
 
 
-def seconds(records: Iterable[dict[str, float]], what: str = "seconds") -> list[float]:
+def values(records: Iterable[dict[str, float]], what: str = "seconds") -> list[float]:
     return [record[what] for record in records]
 
 
@@ -256,19 +259,18 @@ def table(rows: list[list[str]]) -> str:
 
 
 def side_table(sides: list[Side], batch: int, warm_up: int) -> str:
-    rows = [["side", "pairs/s", "s per step", "processor s", "rows per step", "peak MiB", "before 1st step MiB"]]
+    rows = [["side", "pairs/s", "s per step", "processor s", "rows per step", "peak memory, MiB"]]
     for side in sides:
         counted = side.steps[warm_up:]
-        taken = seconds(counted)
+        taken = values(counted)
         rows.append(
             [
                 side.name,
                 f"{pairs_per_second(taken, batch):.3f}",
                 f"{statistics.median(taken):.2f} ({min(taken):.2f} - {max(taken):.2f})",
-                f"{statistics.median(seconds(counted, 'processor')):.2f}",
-                f"{statistics.mean(seconds(counted, 'rows')):.0f}" if "rows" in counted[0] else "",
+                f"{statistics.median(values(counted, 'processor')):.2f}",
+                f"{statistics.mean(values(counted, 'rows')):.0f}" if "rows" in counted[0] else "",
                 f"{side.memory['peak']:.0f}",
-                f"{side.memory['resting']:.0f}",
             ]
         )
     return table(rows)
@@ -279,7 +281,7 @@ def compare_table(sides: list[Side], warm_up: int) -> str:
     rows = [["", "by the clock", "by processor time"]]
     for slower, faster in itertools.pairwise(sides):
         measured = [
-            ratio(seconds(faster.steps[warm_up:], what), seconds(slower.steps[warm_up:], what))
+            ratio(values(faster.steps[warm_up:], what), values(slower.steps[warm_up:], what))
             for what in ("seconds", "processor")
         ]
         rows.append([f"{faster.name} over {slower.name}", *measured])
@@ -292,13 +294,22 @@ def against_table(ours: Side, trl: Side, trl_ahead: Side, batch: int, warm_up: i
     for words, theirs, counts in (("reference counted", trl, True), ("reference not counted", trl_ahead, False)):
         measured = {}
         for what in ("seconds", "processor"):
-            mine = seconds(ours.steps, what)
+            mine = values(ours.steps, what)
             if counts:
-                mine = [step + scored for step, scored in zip(mine, seconds(ours.references, what), strict=True)]
-            measured[what] = mine[warm_up:], seconds(theirs.steps[warm_up:], what)
+                mine = [step + scored for step, scored in zip(mine, values(ours.references, what), strict=True)]
+            measured[what] = mine[warm_up:], values(theirs.steps[warm_up:], what)
         speeds = [f"{pairs_per_second(taken, batch):.3f}" for taken in measured["seconds"]]
         rows.append([words, *speeds, ratio(*measured["seconds"]), ratio(*measured["processor"])])
     return table(rows)
+
+
+def same_losses(sides: list[Side]) -> str:
+    """Says how far the losses of the same step are apart; raises SideFailedError where they are not the same."""
+    losses = [values(side.steps, "loss") for side in sides]
+    apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
+    if apart > LOSSES_APART:
+        raise SideFailedError(f"the sides do not train the same thing: losses of one step are {apart:.1e} apart")
+    return f"Losses of the same step are at most {apart:.1e} apart."
 
 
 def machine() -> str:
@@ -339,8 +350,7 @@ def compare(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     take_turns(sides, steps)
     yield side_table(sides, args.batch, args.warm_up)
     yield compare_table(sides, args.warm_up)
-    difference = max(abs(a - b) for side in sides for a, b in zip(_losses(side), _losses(sides[0]), strict=True))
-    yield f"Losses of the same step differ between the sides by at most {difference:.1e}."
+    yield same_losses(sides)
 
 
 def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
@@ -364,15 +374,14 @@ def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     take_turns([theirs[0], ours, theirs[1]], steps)
     yield side_table([ours, *theirs], args.batch, args.warm_up)
     yield against_table(ours, theirs[0], theirs[1], args.batch, args.warm_up)
-    yield f"megadpo: {args.ranks} data-parallel process(es) of {args.threads // args.ranks} thread(s)."
+    yield (
+        f"megadpo: {args.ranks} data-parallel process(es) of {args.threads // args.ranks} thread(s). TRL: one process "
+        f"of {args.threads} threads, {args.micro or args.batch} pairs per forward pass. {same_losses([ours, *theirs])}"
+    )
 
 
 def _size(args: argparse.Namespace) -> ModelSize:
     return ModelSize(args.vocab, args.hidden, args.layers, args.ffn, positions=args.max_length + 16)
-
-
-def _losses(side: Side) -> list[float]:
-    return seconds(side.steps, "loss")
 
 
 def _about(parameters: int, store: GroupStore, args: argparse.Namespace) -> str:
@@ -396,7 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="preference pairs, for --against")
     parser.add_argument("--trl-python", default=sys.executable, help="a Python that has TRL")
     parser.add_argument("--batch", type=int, default=8, help="pairs per update (%(default)s)")
-    parser.add_argument("--micro", type=int, help="most pairs in a forward pass (the whole batch)")
+    parser.add_argument(
+        "--micro", type=int, help="most pairs in a forward pass (the whole batch); of TRL with --against"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of each side, over all its processes (%(default)s)")

@@ -59,6 +59,8 @@ class Turns:
     def wait(self) -> str:
         """Until it is this side's turn; the word that was said. The clock starts."""
         word = sys.stdin.readline().strip()
+        if not word:
+            sys.exit(1)  # the other end of the pipe is gone
         self._then, self._processor = time.perf_counter(), time.process_time()
         return word
 
@@ -67,12 +69,11 @@ class Turns:
         self.say(record | more)
 
     def ready(self) -> None:
-        self.resting = memory()["VmRSS"]
         self.say({"ready": True})
 
     def end(self) -> None:
-        """MiB over what the process took with its libraries loaded: at its highest, and before the first step."""
-        self.say({"peak": memory()["VmHWM"] - self.start, "resting": self.resting - self.start})
+        """MiB at the highest, over what the process took with its libraries loaded."""
+        self.say({"peak": memory()["VmHWM"] - self.start})
 
     def say(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), file=self.answers, flush=True)
@@ -209,16 +210,17 @@ def trl_side(work: Work, answers: IO[str]) -> None:
     class TakeTurns(TrainerCallback):
         began = False
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.began:
-                turns.done()
+                turns.done(loss=state.log_history[-1]["loss"])
             else:
                 turns.ready()
             self.began = True
             turns.wait()
 
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            turns.done()
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            [*_, loss] = [log["loss"] for log in state.log_history if "loss" in log]
+            turns.done(loss=loss)
 
     run = other.TrlRun(
         model=work.model,

@@ -1,5 +1,17 @@
-"""Kernels of megadpo: torch (and, later, Triton) only, usable without the trainer."""
+"""Kernels of megadpo: torch, and Triton where it is wanted; usable without the trainer."""
 
-from megadpo_kernels.logprob import VocabShard, linear_logprob
+from megadpo_kernels.backends import BACKENDS, Backend, triton_problem
+from megadpo_kernels.logprob import linear_logprob, linear_logprob_entropy
+from megadpo_kernels.shard import LogitOptions, VocabShard
+from megadpo_kernels.sums import response_sums
 
-__all__ = ["VocabShard", "linear_logprob"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "LogitOptions",
+    "VocabShard",
+    "linear_logprob",
+    "linear_logprob_entropy",
+    "response_sums",
+    "triton_problem",
+]

@@ -1,101 +1,135 @@
 """Log-probability of given tokens under a linear head whose vocabulary is split over tensor-parallel ranks.
 
-Axes: N scored tokens, D hidden, V rows of the head on this rank. Statistics and results are float32.
+Axes: T rows of the stream, N scored rows, D hidden, V rows of the head on this rank. Statistics and results are
+float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class VocabShard:
-    """This rank's rows of the head: global rows [start, start + V), of which those below `valid` are real tokens.
-
-    Rows at and over `valid` pad the vocabulary; they have probability 0 and get no gradient.
-    """
-
-    start: int
-    valid: int
-    group: dist.ProcessGroup | None
-    """Tensor-parallel group; None where the head is not split."""
+from megadpo_kernels import reference, rows
+from megadpo_kernels.backends import Backend, uses_triton
+from megadpo_kernels.chunked import Call, ChunkedLogprob
+from megadpo_kernels.rows import RowOps
+from megadpo_kernels.shard import PLAIN, LogitOptions, VocabShard
 
 
 def linear_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabShard, chunk: int = 1024
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    shard: VocabShard,
+    *,
+    rows_N: Tensor | None = None,
+    options: LogitOptions = PLAIN,
+    backend: Backend = "auto",
+    chunk: int | None = None,
+    cache_bytes: int | None = None,
 ) -> Tensor:
-    """log softmax(hidden @ weight^T)[target] of every row, without holding the logits of more than `chunk` rows.
+    """log softmax(hidden[rows] @ weight^T)[target] of every scored row, float32 [N], the same on every rank.
 
-    hidden_ND: float, the same on every rank of the group. weight_VD: same dtype. targets_N: int64, global ids.
-    Returns float32 [N], the same on every rank, with gradients to hidden and weight. The gradient to hidden is this
-    rank's part: the caller sums it over the group (Megatron's copy_to / gather_from regions do). Collectives: two in
-    the forward pass (maximum; sum and target logit), whatever N is, none in the backward pass. N may be 0.
+    hidden_TD: bfloat16, float16 or float32; the same on every rank of the group, or this rank's rows under sequence
+    parallelism. weight_VD: same dtype. targets_N: int64 global ids; one outside the vocabulary has probability 0.
+    rows_N: int64, which rows of the (whole) stream are scored, in any order, possibly more than once; all where None.
+
+    Gradients to hidden and weight, for any upstream gradient; that to hidden is already summed over the group (and
+    this rank's rows under sequence parallelism). A weight with Megatron's `main_grad` gets its gradient there
+    (main_grad.py).
+
+    Collectives, for `chunked` and `triton`: forward one all-gather of float32 [3, N], plus one of hidden under sequence
+    parallelism; backward one all-reduce (reduce-scatter) of hidden's gradient. None where N is 0 or one rank holds all,
+    except that of the gradient. No host synchronisation.
+
+    chunk: rows whose logits (float32) exist at once. cache_bytes: logits kept for the backward pass instead of being
+    computed again; the same bits either way. Where None, `limits` says how many. Raises ValueError for shapes, dtypes
+    or a back end that cannot work.
     """
-    return _LinearLogprob.apply(hidden_ND, weight_VD, targets_N, shard, chunk)
+    logprob_N, _ = _run(
+        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), entropy=False
+    )
+    return logprob_N
 
 
-def _logits(hidden: Tensor, weight: Tensor, n_valid: int) -> Tensor:
-    """float32 [rows, V] with padded columns at minus infinity."""
-    logits = (hidden @ weight.t()).float()
-    if n_valid < weight.shape[0]:
-        logits[:, n_valid:] = -torch.inf
-    return logits
+def linear_logprob_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    shard: VocabShard,
+    *,
+    rows_N: Tensor | None = None,
+    options: LogitOptions = PLAIN,
+    backend: Backend = "auto",
+    chunk: int | None = None,
+    cache_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` and the entropy of the same distributions in nats, float32 [N] each, both with gradients."""
+    logprob_N, entropy_N = _run(
+        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), entropy=True
+    )
+    assert entropy_N is not None
+    return logprob_N, entropy_N
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shard: VocabShard, chunk: int) -> Tensor:
-        n_valid = min(max(shard.valid - shard.start, 0), weight.shape[0])
-        top, total, target = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        local, mine = _local_targets(targets, shard.start, n_valid)
-        for rows in _chunks(len(hidden), chunk):
-            logits = _logits(hidden[rows], weight, n_valid)
-            top[rows] = logits.max(-1).values
-            # A rank without a single valid column has a maximum of -inf; its terms must be 0, not NaN.
-            shift = top[rows].clamp(min=torch.finfo(torch.float32).min)
-            total[rows] = (logits - shift[:, None]).exp().sum(-1)
-            target[rows] = logits.gather(1, local[rows, None])[:, 0]
-        # torch.where, not a product: an invalid column's -inf times 0 would be NaN
-        target = torch.where(mine, target, torch.zeros_like(target))
-        if shard.group is not None and shard.group.size() > 1:
-            local_top = top.clamp(min=torch.finfo(torch.float32).min)
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-            both = torch.stack([total * (local_top - top).exp(), target])
-            dist.all_reduce(both, group=shard.group)
-            total, target = both
-        normaliser = top + total.log()
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.shard, ctx.chunk = shard, chunk
-        return target - normaliser
+def limits(columns: int, device: torch.device) -> tuple[int, int]:
+    """(rows in a chunk, bytes of logits to keep) where the caller does not say.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
-        n_valid = min(max(ctx.shard.valid - ctx.shard.start, 0), weight.shape[0])
-        local, mine = _local_targets(targets, ctx.shard.start, n_valid)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(len(hidden), ctx.chunk):
-            # d logprob / d logits = onehot(target) - softmax, subtracted in float32 before any rounding
-            slope = -(_logits(hidden[rows], weight, n_valid) - normaliser[rows, None]).exp()
-            slope.scatter_add_(1, local[rows, None], mine[rows, None].float())
-            slope = (slope * grads[0][rows, None]).to(hidden.dtype)
-            grad_hidden[rows] = slope @ weight
-            grad_weight += (slope.t() @ hidden[rows]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+    A GPU gets large chunks: every chunk reads and writes the float32 weight gradient once, which costs as much as the
+    product itself at some 600 rows. On a CPU small ones are as fast.
+    """
+    budget, most = (2**30, 8192) if device.type == "cuda" else (2**26, 1024)
+    rows_that_fit = budget // (4 * max(columns, 1))
+    return max(min(rows_that_fit // 128 * 128, most), 128), budget
 
 
-def _local_targets(targets: Tensor, start: int, n_valid: int) -> tuple[Tensor, Tensor]:
-    """This rank's column of each target (0 where it is elsewhere) and whether it is here. No host synchronisation."""
-    local = targets - start
-    mine = (local >= 0) & (local < n_valid)
-    return torch.where(mine, local, torch.zeros_like(local)), mine
+def _run(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    shard: VocabShard,
+    rows_N: Tensor | None,
+    options: LogitOptions,
+    backend: Backend,
+    limit: tuple[int | None, int | None],
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    _check(hidden_TD, weight_VD, targets_N, shard, rows_N)
+    if backend == "reference":
+        return reference.linear_logprob(hidden_TD, weight_VD, targets_N, rows_N, shard, options)
+    columns = shard.columns(len(weight_VD))
+    chunk, cache_bytes = (
+        given if given is not None else usual
+        for given, usual in zip(limit, limits(columns, hidden_TD.device), strict=True)
+    )
+    if chunk < 1 or cache_bytes < 0:
+        raise ValueError(f"chunk = {chunk}, cache_bytes = {cache_bytes}: need at least 1 row and 0 bytes")
+    differentiable = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    ops = _row_ops(backend, hidden_TD.device)
+    call = Call(shard, options, ops, chunk, cache_bytes if differentiable else 0, entropy)
+    return ChunkedLogprob.apply(hidden_TD, weight_VD, targets_N, rows_N, call)
 
 
-def _chunks(n: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def _row_ops(backend: Backend, device: torch.device) -> RowOps:
+    if not uses_triton(backend, device):
+        return rows
+    # imported here: everything else works without Triton
+    from megadpo_kernels import rows_triton
+
+    return rows_triton
+
+
+def _check(hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabShard, rows_N: Tensor | None) -> None:
+    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        shapes = f"{list(hidden_TD.shape)} and {list(weight_VD.shape)}"
+        raise ValueError(f"hidden and weight are {shapes}: need [T, D] and [V, D] of the same D")
+    if hidden_TD.dtype != weight_VD.dtype or hidden_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtypes = f"{hidden_TD.dtype} and {weight_VD.dtype}"
+        raise ValueError(f"hidden and weight are {dtypes}: need the same of bfloat16, float16, float32")
+    whole = len(hidden_TD) * (shard.ranks if shard.sequence_parallel else 1)
+    scored = whole if rows_N is None else len(rows_N)
+    if targets_N.shape != (scored,) or targets_N.dtype != torch.int64:
+        raise ValueError(
+            f"targets are {targets_N.dtype} {list(targets_N.shape)} for {scored} scored rows: need int64 [{scored}]"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
             # The writers are processes of Megatron-Core's; a full disk reaches us as text in their exception.
             for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 if f"[Errno {number}]" in str(error):
+                    shutil.rmtree(partial, ignore_errors=True)
                     raise OSError(number, os.strerror(number)) from error
             raise
     if context.is_first:
@@ -64,7 +66,7 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
 def load(state: TrainState, folder: Path) -> Saved:
     """Fill weights, master weights, moments and the place in the stream; every rank calls it."""
     saved = read_state(folder)
-    loaded = _read(_sharded(state, is_loading=True), folder)
+    loaded = _read(_sharded(state, is_loading=True), folder, "remove it to go on from the checkpoint before it")
     for i, module in enumerate(state.modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are not parameters
     state.optimizer.load_state_dict(loaded["optimizer"])
@@ -76,13 +78,13 @@ def load_weights(modules: list[Any], folder: Path) -> Saved:
     """Fill only the model chunks, as evaluation needs it; every rank calls it."""
     saved = read_state(folder)
     sharded = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(modules)}
-    loaded = _read(sharded, folder)
+    loaded = _read(sharded, folder, "give another checkpoint, or the model that it was trained from")
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)
     return saved
 
 
-def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _read(sharded: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
     """dist_checkpointing.load with its many exceptions as one line."""
     try:
         return dist_checkpointing.load(sharded, str(folder))
@@ -92,7 +94,7 @@ def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             cause = next(iter(error.failures.values()))[0]
         text = (str(cause).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{folder}: {type(cause).__name__}: {text}; remove this folder to go on from the checkpoint before it"
+            f"{folder}: cannot be read into this model ({type(cause).__name__}: {text}); {advice}"
         ) from error
 
 

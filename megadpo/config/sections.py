@@ -22,6 +22,9 @@ class ModelConfig:
     """dtype of weights and activations. bfloat16 keeps float32 master weights in the optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: nothing, the attention only, or every layer."""
+    logprob_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Code of the head. auto: triton on a GPU where Triton is installed, else chunked. reference: plain torch that
+    holds the logits of a whole micro-batch, to compare with."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,17 +20,11 @@ from megadpo.data.sources import source_digest
 from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter
 from megadpo.data.tokenize import RULES, Tokenized
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
-from megadpo.errors import ConfigError, DataError, StorageError
+from megadpo.errors import ConfigError, DataError
 from megadpo.files import storage_errors
 
 if TYPE_CHECKING:  # the run file's types bring torch with them, which tokenising processes do not need
     from megadpo.config import DataConfig
-
-WAIT_SECONDS = 6 * 3600.0
-POLL_SECONDS = 1.0
-GRACE_SECONDS = 10.0
-"""How long a note of failure must lie before it is believed: an older one is cleared away by the next
-attempt."""
 
 
 def prepare(
@@ -53,48 +46,8 @@ def prepare(
         return GroupStore.open(folder)
     if data.max_length < 2:
         raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
-    with _note_of_failure(folder):
-        _make(folder, sources, data, model_path, tokenizer, responses, on_progress)
+    _make(folder, sources, data, model_path, tokenizer, responses, on_progress)
     return GroupStore.open(folder)
-
-
-def wait_for(
-    folder: Path,
-    timeout_s: float = WAIT_SECONDS,
-    poll_s: float = POLL_SECONDS,
-    grace_s: float = GRACE_SECONDS,
-) -> GroupStore:
-    """The store that another process is making in `folder`. Watches the file system only, so no collective
-    can time out. Raises DataError where that process failed, StorageError where timeout_s have passed."""
-    start = time.monotonic()
-    note = _failure_note(folder)
-    while not (folder / HEADER_FILE).is_file():
-        waited = time.monotonic() - start
-        if waited >= grace_s and note.is_file():
-            raise DataError(f"the process that prepares the data failed: {note.read_text()}")
-        if waited >= timeout_s:
-            raise StorageError(
-                f"{folder}: no prepared data after {timeout_s:.0f} s; put data.cache_dir on a file system "
-                "that all nodes share, or, where it is only slow, run `megadpo prepare` first"
-            )
-        time.sleep(poll_s)
-    return GroupStore.open(folder)
-
-
-def prepare_or_wait(
-    sources: tuple[str, ...],
-    data: DataConfig,
-    model_path: str,
-    responses: int | None,
-    is_preparer: bool,
-    on_progress: Callable[[int], None] | None = None,
-    timeout_s: float = WAIT_SECONDS,
-) -> GroupStore:
-    """`prepare` in one process of a job, `wait_for` in the others; all get the same store."""
-    if is_preparer:
-        return prepare(sources, data, model_path, responses, on_progress)
-    tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
-    return wait_for(store_folder(sources, data, tokenizer, responses), timeout_s)
 
 
 def store_folder(sources: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer, responses: int | None) -> Path:
@@ -137,7 +90,7 @@ def _make(
     try:
         tally = Tally()
         with StoreWriter(temporary, tokenizer.vocab_size) as writer:
-            for outcomes in tokenize_all(_items(sources, data, responses), tokenizer, job, _processes(data)):
+            for outcomes in tokenize_all(_items(sources, data, responses, tally), tokenizer, job, _processes(data)):
                 writer.add([outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)])
                 for outcome in outcomes:
                     tally.add(outcome)
@@ -162,36 +115,17 @@ def _publish(temporary: Path, folder: Path) -> None:
                 raise
 
 
-def _items(sources: tuple[str, ...], data: DataConfig, responses: int | None) -> Iterator[Group | Dropped]:
+def _items(
+    sources: tuple[str, ...], data: DataConfig, responses: int | None, tally: Tally
+) -> Iterator[Group | Dropped]:
     for source in sources:
-        for item in read_groups(source, data.split, data.format):
+        for item in read_groups(source, data.split, data.format, tally.note_format):
             if isinstance(item, Group) and responses not in (None, len(item.responses)):
                 raise DataError(
                     f"{item.origin}: a group of this data has {len(item.responses)} response(s), but the "
                     f"objective needs {responses}; give other data or another objective.loss_type"
                 )
             yield item
-
-
-@contextmanager
-def _note_of_failure(folder: Path) -> Iterator[None]:
-    """Tells those who wait for `folder` why it will not come."""
-    note = _failure_note(folder)
-    with storage_errors(note, "data.cache_dir"):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        temporary = note.with_name(f"{note.name}.{os.getpid()}")
-        with suppress(OSError):
-            temporary.write_text(str(error) or type(error).__name__)
-            temporary.replace(note)
-        raise
-
-
-def _failure_note(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.failed")
 
 
 def _processes(data: DataConfig) -> int:

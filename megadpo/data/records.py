@@ -71,19 +71,27 @@ class Format:
         return [column for column in self.columns if not any(name in row for name in column.split("|"))]
 
 
-def read_groups(source: str, split: str | None, format: str) -> Iterator[Group | Dropped]:
+def read_groups(
+    source: str, split: str | None, format: str, on_format: Callable[[str], None] | None = None
+) -> Iterator[Group | Dropped]:
     """Every row of `source` as a group, in its order, or as what was dropped and why.
 
-    format: a name of FORMATS, or "auto": found from the columns of the first row. Raises DataError for an
+    format: a name of FORMATS, or "auto": found from the columns of the first row in which none of them is null.
+    on_format is told the name. Raises DataError for an
     unknown set of columns, for a row that does not have the form of the first one, and for a source without
     rows; ConfigError for an unknown format name.
     """
     chosen = None if format == "auto" else _named_format(format)
     empty = True
     for origin, row in read_rows(source, split):
-        if chosen is None:
-            chosen = detect_format(row, source)
         empty = False
+        if chosen is None:
+            if nulls := [name for name in COLUMNS if name in row and _is_null(row[name])]:
+                yield Dropped(origin, f"`{nulls[0]}` is null")
+                continue
+            chosen = detect_format(row, source)
+        if on_format is not None:
+            on_format(chosen.name)
         if missing := chosen.missing(row):
             raise DataError(
                 f"{origin}: no column {_quoted(missing)}, which format {chosen.name} needs; "
@@ -130,16 +138,30 @@ class _MalformedError(Exception):
 def _value(row: Row, column: str) -> Any:
     """The value of the first of the alternatives "a|b" that the row has; null leaves the row out."""
     name = next(name for name in column.split("|") if name in row)
-    if row[name] is None:
+    if _is_null(row[name]):
         raise LeaveOutError(f"`{name}` is null")
     return row[name]
+
+
+def _is_null(value: Any) -> bool:
+    """None, or the NaN that stands for it in a column of a Parquet file or a data frame."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _written(text: str) -> str:
+    """The text, unless no file could hold it: JSON can escape half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise LeaveOutError("text that is not valid Unicode (half of a surrogate pair)") from None
+    return text
 
 
 def _text(row: Row, column: str) -> str:
     value = _value(row, column)
     if not isinstance(value, str):
         raise _MalformedError(f"`{column}` must be text, found {kind(value)}")
-    return value
+    return _written(value)
 
 
 def _turns(row: Row, column: str) -> tuple[Turn, ...]:
@@ -166,7 +188,7 @@ def _turn(item: Any, column: str) -> Turn:
         content = "".join(str(part.get("text") or "") for part in content)
     if not isinstance(content, str):
         raise LeaveOutError(f"a turn has no text ({kind(content)})")
-    return Turn(ROLES[role], content)
+    return Turn(ROLES[role], _written(content))
 
 
 def _answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
@@ -272,6 +294,11 @@ def _kinds(**expected: type) -> Callable[[Row], bool]:
     return lambda row: all(isinstance(row[name], wanted) for name, wanted in expected.items())
 
 
+def _without_prompt(fits: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    """A prompt is taken out of the responses only where there is no column for it."""
+    return lambda row: "prompt" not in row and fits(row)
+
+
 def _demonstration(row: Row) -> bool:
     """A row with a verdict is not a demonstration: half of such a set shows what not to say."""
     return "label" not in row
@@ -304,11 +331,16 @@ FORMATS = (
     Format(
         "trl_conversational_implicit",
         ("chosen", "rejected"),
-        _kinds(chosen=list, rejected=list),
+        _without_prompt(_kinds(chosen=list, rejected=list)),
         _conversational_implicit,
     ),
-    Format("hh_rlhf", ("chosen", "rejected"), _is_transcript, _hh_rlhf),
-    Format("trl_standard_implicit", ("chosen", "rejected"), _kinds(chosen=str, rejected=str), _standard_implicit),
+    Format("hh_rlhf", ("chosen", "rejected"), _without_prompt(_is_transcript), _hh_rlhf),
+    Format(
+        "trl_standard_implicit",
+        ("chosen", "rejected"),
+        _without_prompt(_kinds(chosen=str, rejected=str)),
+        _standard_implicit,
+    ),
     Format("prompt_completion", ("prompt", "completion"), _demonstration, _prompt_completion),
     Format("messages", ("messages",), _demonstration, _messages),
     Format("text", ("text",), _demonstration, _plain_text),
@@ -317,3 +349,7 @@ FORMATS = (
 
 def _quoted(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+COLUMNS = tuple(dict.fromkeys(name for known in FORMATS for column in known.columns for name in column.split("|")))
+"""Every column that some format needs."""

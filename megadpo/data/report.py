@@ -18,7 +18,7 @@ class PrepareReport:
 
     truncated: groups cut to max_length. responses_cut: those of them in which a response lost its end.
     boundary_splits, headers_scored: see tokenize.Tokenized. template: where the chat template came from, or
-    "none".
+    "none". formats: names of the record formats, in the order they were met.
     """
 
     rows_read: int
@@ -30,11 +30,13 @@ class PrepareReport:
     boundary_splits: int
     headers_scored: int
     template: str
+    formats: list[str]
     seconds: float
 
     def lines(self) -> list[str]:
         """For the log: one line for what was kept, and one for each thing that the user may want to know."""
-        lines = [f"{self.rows_read} rows read, {self.groups} groups kept, in {self.seconds:.1f} s"]
+        formats = " and ".join(self.formats)
+        lines = [f"{self.rows_read} rows read as {formats}, {self.groups} groups kept, in {self.seconds:.1f} s"]
         if self.template != "none":
             lines.append(f"chat template: {self.template}")
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
@@ -66,6 +68,10 @@ class Tally:
         self._counts: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
+        self._formats: dict[str, None] = {}
+
+    def note_format(self, name: str) -> None:
+        self._formats[name] = None
 
     def add(self, outcome: Tokenized | Dropped) -> None:
         self.rows += 1
@@ -93,5 +99,6 @@ class Tally:
             boundary_splits=self._counts["boundary_splits"],
             headers_scored=self._counts["headers_scored"],
             template=template if self._counts["conversations"] else "none",
+            formats=list(self._formats),
             seconds=seconds,
         )

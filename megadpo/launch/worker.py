@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -120,7 +120,8 @@ def redirected(log: Path, keep_terminal: bool) -> Iterator[None]:
         for number, kept in zip(descriptors, before, strict=True):
             os.dup2(kept, number)
             os.close(kept)
-        file.close()
+        with suppress(OSError):  # a full disk: what the run met on it is being raised already
+            file.close()
 
 
 def rank_main(config: Config, rank: Rank, job: Job, log: Path, folder: Path, parent: int, threads: int | None) -> None:

@@ -13,8 +13,8 @@ class LogprobHead(ColumnParallelLinear):
     """Megatron-Core's output layer (same weight, same checkpoint key) whose forward is `linear_logprob`.
 
     The kernel runs inside `forward` because Megatron's overlapped parameter gather is awaited by a forward hook of the
-    module that owns the weight. It also does what Megatron's linear layers do around theirs: gathers hidden under sequence
-    parallelism, sums the input gradient over the tensor-parallel ranks, adds the weight gradient to `main_grad`.
+    module that owns the weight. It also does what Megatron's linear layers do around theirs: gathers hidden under
+    sequence parallelism, sums the input gradient over the tensor-parallel ranks, adds the weight's to `main_grad`.
     """
 
     def __init__(self, *args: Any, valid_vocab: int, logprob_backend: Backend, **kwargs: Any) -> None:

@@ -24,10 +24,15 @@ PAIR_METRICS = (
 )
 
 
-def pair_metrics(policy_G2: Tensor, reward_G2: Tensor) -> Tensor:
+TIE = 1e-4
+"""Nats. Log-ratios nearer than this are the rounding of two grids or two packings, not a preference."""
+
+
+def pair_metrics(policy_G2: Tensor, reward_G2: Tensor, beta: float) -> Tensor:
     """Sums of PAIR_METRICS over the groups. A tie counts half an accuracy (TRL counts it as a miss)."""
     margin_G = reward_G2[:, 0] - reward_G2[:, 1]
-    accuracy_G = (torch.sign(margin_G) + 1) / 2
+    tie_G = margin_G.abs() < TIE * beta
+    accuracy_G = torch.where(tie_G, torch.full_like(margin_G, 0.5), (margin_G > 0).to(margin_G.dtype))
     return torch.stack(
         [
             reward_G2[:, 0].sum(),
@@ -74,4 +79,4 @@ class DPO:
         margin_G = reward_G2[:, 0] - reward_G2[:, 1]
         loss_G = -(1 - self.label_smoothing) * logsigmoid(margin_G) - self.label_smoothing * logsigmoid(-margin_G)
         count = torch.tensor(len(loss_G), dtype=torch.int, device=loss_G.device)
-        return Outcome(loss_G.sum(), count, pair_metrics(policy_G2, reward_G2))
+        return Outcome(loss_G.sum(), count, pair_metrics(policy_G2, reward_G2, self.beta))

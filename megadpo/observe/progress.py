@@ -18,10 +18,11 @@ from megadpo.observe.speed import TimeLeft, clock, short
 SHOWN = (
     ("loss", "loss {}"),
     ("rewards/margins", "margin {}"),
-    ("rewards/accuracies", "accuracy {}"),
+    ("rewards/accuracies", "acc {}"),
     ("pairs_per_second", "{} pairs/s"),
-    ("tokens_per_second", "{} tokens/s"),
+    ("tokens_per_second", "{} tok/s"),
 )
+GAP = "  "
 WIDE, BAR = 140, 20
 """Columns from which a bar has room beside the numbers, and the bar's."""
 
@@ -87,16 +88,17 @@ class Screen:
             self._drop(task)
 
     def draw(self, task: Task, title: str, parts: list[str], left: str) -> None:
-        """One line for the task. Where it is too long for the terminal, the last parts are left out."""
+        """One line for the task. Where it is too long for the terminal the gaps go first, then the last parts."""
         if self._console is None:
             return
         with self._drawing():
             if not self._console.is_terminal:
                 self._console.print(Text(_joined([title, *parts, left])), soft_wrap=True)
                 return
-            while parts and len(_joined([title, *parts, left])) > self._room:
+            gap = GAP if len(_joined([title, *parts, left])) <= self._room else " "
+            while parts and len(_joined([title, *parts, left], gap)) > self._room:
                 parts = parts[:-1]
-            text = _joined([*parts, left])
+            text = _joined([*parts, left], gap)
             if task.id is None:
                 task.id = self._progress.add_task(title, total=task.total, text=text)
                 self._progress.start()
@@ -151,5 +153,5 @@ class Task:
         self._screen.draw(self, f"{self.name} {done:,}{of_total}", list(parts), left)
 
 
-def _joined(parts: list[str]) -> str:
-    return "  ".join(part for part in parts if part)
+def _joined(parts: list[str], gap: str = GAP) -> str:
+    return gap.join(part for part in parts if part)

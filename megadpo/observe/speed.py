@@ -37,10 +37,12 @@ def clock(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Three or four digits that fit in a progress line: 0.693, 12.4, 8,192, 1.2e-05, nan."""
+    """Three or four digits that fit in a progress line: 0.693, 12.4, 8,192, 12.3k, 1.2e-05, nan."""
     size = abs(number)
     if number != number or size == float("inf"):
         return str(number)
+    if size >= 10_000:
+        return f"{number / 1000:,.1f}k"
     if size >= 1000:
         return f"{number:,.0f}"
     if size != 0 and size < 0.001:

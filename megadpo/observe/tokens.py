@@ -9,6 +9,11 @@ from rich.text import Text
 NAMES = {1: ("response",), 2: ("chosen", "rejected")}
 
 
+def branch_names(responses: int) -> tuple[str, ...]:
+    """What the responses of a group are called."""
+    return NAMES.get(responses, tuple(f"response {number}" for number in range(1, responses + 1)))
+
+
 def group_text(
     title: str,
     prompt: Sequence[int],
@@ -20,8 +25,7 @@ def group_text(
 
     ids: every token with its number.
     """
-    counted = tuple(f"response {number}" for number in range(1, len(responses) + 1))
-    names = NAMES.get(len(responses), counted)
+    names = branch_names(len(responses))
     parts = [("prompt", prompt, False)]
     parts += [(name, tokens, True) for name, tokens in zip(names, responses, strict=True)]
     text = Text(title + "\n")

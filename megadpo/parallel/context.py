@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megadpo import errors
 from megadpo.config import ParallelConfig
+from megadpo.errors import MachineError, MegadpoError
 from megadpo.parallel import cpu_host, mcore_fixes
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -89,6 +93,36 @@ def join_world(rank: int, world_size: int, local_rank: int, init_method: str) ->
             backend, init_method=init_method, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
         )
     return device
+
+
+def from_first_rank(rank: int, world_size: int, work: Callable[[], str]) -> str:
+    """Run `work` on rank 0 only and give its text to every rank; call it after `join_world`.
+
+    The others look at the rendezvous store now and then, so however long it takes, no collective times out and signals
+    get through. Where it raises, it raises on every rank: a MegadpoError as it is, anything else as MachineError.
+    """
+    store = dist.PrefixStore("first rank", dist.distributed_c10d._get_default_store())
+    if rank == 0:
+        try:
+            text, error = work(), None
+        except BaseException as raised:
+            text, error = "", raised
+        kind = type(error).__name__ if isinstance(error, MegadpoError) else MachineError.__name__
+        said = text if error is None else str(error) or type(error).__name__
+        store.set("outcome", json.dumps({"kind": None if error is None else kind, "text": said}))
+        if error is None:
+            return text
+        end = time.monotonic() + 10  # the store may be this process's: let the others read before it is gone
+        while store.add("read", 0) < world_size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+        raise error
+    while not store.check(["outcome"]):
+        time.sleep(0.2)
+    outcome = json.loads(store.get("outcome"))
+    store.add("read", 1)
+    if outcome["kind"] is None:
+        return str(outcome["text"])
+    raise getattr(errors, outcome["kind"])(outcome["text"])
 
 
 def build_context(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelContext:

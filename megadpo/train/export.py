@@ -24,15 +24,26 @@ def export_target(config: Config) -> Path:
 
 
 def check_target(config: Config) -> None:
-    """Before any time is spent: the folder to export to must be free, unless this run has filled it itself."""
-    target = export_target(config)
-    if not config.export.enabled or not target.is_dir() or not any(target.iterdir()):
+    """Before any time is spent: the folder to export to can be made, is free, and is nobody else's place.
+
+    RUN_DIR/export is the run's own and is replaced; a folder that the user names must be empty or not there.
+    """
+    if not config.export.enabled:
         return
-    started = checkpoint.latest(Path(config.run_dir).expanduser()) is not None
-    if config.export.path or not started:
+    target, run_dir = export_target(config).resolve(), Path(config.run_dir).expanduser().resolve()
+    started = checkpoint.latest(run_dir) is not None
+    if target.is_dir() and any(target.iterdir()) and (config.export.path or not started):
         raise StorageError(
             f"export.path = {target}: is not empty; give a new folder, empty it, or set export.enabled: false"
         )
+    taken = (run_dir, run_dir / "checkpoints", run_dir / "logs", Path(config.data.cache_dir).expanduser().resolve())
+    if config.export.path and (target in taken or run_dir / "checkpoints" in target.parents):
+        raise StorageError(f"export.path = {target}: the run keeps other things there; give a folder of its own")
+    with storage_errors(target, "export.path"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = target.parent / f".{target.name}.probe"
+        probe.touch()
+        probe.unlink()
 
 
 def keep_template(config: Config, source: str) -> None:

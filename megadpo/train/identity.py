@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megadpo.checkpoint.folder import STATE, checkpoints
 from megadpo.config import Config
 from megadpo.convert.hf_files import weights_digest
 from megadpo.errors import CheckpointError
@@ -33,18 +34,47 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
 
 
 def claim(run_dir: Path, identity: dict[str, Any]) -> None:
-    """Write the identity into a new run folder; raise CheckpointError where the folder is another run's."""
-    path = run_dir / FILE
-    if path.is_file():
-        there = json.loads(path.read_text())
-        different = sorted(k for k in there.keys() | identity.keys() if there.get(k) != identity.get(k))
-        if different:
-            name = different[0]
-            raise CheckpointError(
-                f"run_dir = {run_dir}: belongs to another run: its {name} is {there.get(name)}, this run's is "
-                f"{identity.get(name)}"
-                + (f" (also: {', '.join(different[1:])})" if different[1:] else "")
-                + "; give another run_dir, or restore the setting to go on"
-            )
+    """Write the identity into a run folder that nothing was trained in yet; raise CheckpointError where the folder is
+    another run's."""
+    there = _read(run_dir)
+    started = checkpoints(run_dir) or (run_dir / "metrics.jsonl").is_file()
+    if there is not None and started:
+        _compare(run_dir, there, identity, sorted(there.keys() | identity.keys()))
         return
-    write_text(path, json.dumps(identity, indent=1))
+    write_text(run_dir / FILE, json.dumps(identity, indent=1))
+
+
+def check_models(checkpoint: Path, config: Config) -> None:
+    """Raise CheckpointError where there is no checkpoint, or one trained from other models than the run file names."""
+    if not (checkpoint / STATE).is_file():
+        raise CheckpointError(f"{checkpoint}: is not a checkpoint; give a folder RUN_DIR/checkpoints/step-...")
+    run_dir = checkpoint.resolve().parent.parent
+    there = _read(run_dir)
+    if there is not None:
+        here = of_run(config, data_digest="")
+        _compare(run_dir, there, here, [name for name in ("model.weights", "reference.weights") if name in here])
+
+
+def _read(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / FILE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}), so it is not known whose folder this is; give another run_dir, or "
+            "remove the file if you know that this run file is the folder's own"
+        ) from error
+
+
+def _compare(run_dir: Path, there: dict[str, Any], here: dict[str, Any], names: list[str]) -> None:
+    different = [name for name in names if there.get(name) != here.get(name)]
+    if different:
+        first, *others = different
+        raise CheckpointError(
+            f"run_dir = {run_dir}: belongs to another run: its {first} is {there.get(first)}, this run's is "
+            f"{here.get(first)}"
+            + (f" (also: {', '.join(others)})" if others else "")
+            + "; give another run_dir, or restore the setting to go on"
+        )

@@ -76,13 +76,14 @@ def build_optimizer(
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of update number `step` (from 0) of `total_steps`: linear warm-up, then the schedule down to its floor.
 
-    The same shapes as transformers' get_*_schedule_with_warmup: the first warm-up step has rate 0.
+    The shapes of transformers' get_*_schedule_with_warmup, except that no update has rate 0: the first of w warm-up
+    steps has 1 / (w + 1) of the rate (there 0), and a warm-up ratio is rounded down (there up).
     """
     warmup = config.warmup_steps
     if warmup is None:
-        warmup = math.ceil(config.warmup_ratio * total_steps)
+        warmup = math.floor(config.warmup_ratio * total_steps)
     if step < warmup:
-        return config.learning_rate * step / max(warmup, 1)
+        return config.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total_steps - warmup, 1)
     if config.lr_scheduler_type == "constant":
         factor = 1.0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +9,16 @@ import torch.distributed as dist
 
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.config.check import check_grid
-from megadpo.convert.families import read_shape
 from megadpo.convert.hf_files import weights_digest
-from megadpo.convert.importer import check_hf, load_hf
+from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import stream_tokens
-from megadpo.data.prepare import prepare_or_wait
 from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream, open_streams
-from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
-from megadpo.observe.log import RunLog, write_run_files
-from megadpo.observe.progress import Screen, Terminal
+from megadpo.observe.log import RunLog
 from megadpo.observe.versions import package_warnings, versions
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
@@ -34,93 +26,36 @@ from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
-from megadpo.train.export import check_target, export, export_target, keep_template
+from megadpo.train.export import export, export_target
+from megadpo.train.inputs import Inputs, read_inputs, read_shapes
 from megadpo.train.loop import Scored, fit, groups_per_pass, run_length
 from megadpo.train.optimizer import build_optimizer, wrap
 from megadpo.train.score import check_column, reference_digest, score_groups
 from megadpo.train.state import TrainState
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What a run starts from: checked, and on the disk. Every rank has the same."""
-
-    shape: ModelShape
-    reference_shape: ModelShape
-    train: GroupStore
-    held_out: GroupStore | None
-
-    @property
-    def stores(self) -> list[GroupStore]:
-        return [self.train] if self.held_out is None else [self.train, self.held_out]
-
-
 def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
+    shapes = read_shapes(config, rank.world_size)
+    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True)
     run_dir = Path(config.run_dir).expanduser()
-    inputs = read_inputs(config, rank)
-    with StopSignal() as stop:
-        length = run_length(config, len(inputs.train))
-        if rank.rank == 0:
-            identity.claim(run_dir, identity.of_run(config, inputs.train.digest))
-            check_target(config)
-            write_run_files(run_dir, config)
-            keep_template(config, inputs.train.report.template)
-        device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-        with (
-            grid(config.parallel, device, config.seed) as context,
-            RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
-        ):
-            finished = _train(config, inputs, context, log, stop)
-        dist.destroy_process_group()
-        if not finished:
-            return stop.exit_code
-    if rank.rank == 0 and config.export.enabled:
+    length = run_length(config, len(inputs.train))
+    with (
+        grid(config.parallel, device, config.seed) as context,
+        RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
+    ):
+        code = _train(config, inputs, context, log)
+    dist.destroy_process_group()
+    if code == 0 and rank.rank == 0 and config.export.enabled:
         newest = checkpoint.latest(run_dir)
         assert newest is not None
-        export(config, newest, export_target(config), replace=True)
-    return 0
+        export(config, newest, export_target(config), replace=config.export.path is None)
+    return code
 
 
-def read_inputs(config: Config, rank: Rank) -> Inputs:
-    """Check model folder and grid, tokenise the data. Before any process group exists, so that no rank waits for
-    another inside a collective."""
-    model = Path(config.model.path).expanduser()
-    reference = Path(config.reference.path).expanduser() if config.reference.path else model
-    shape, reference_shape = read_shape(model), read_shape(reference)
-    problems = check_grid(
-        config,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        num_layers=shape.num_layers,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        world_size=rank.world_size,
-        kv_channels=shape.kv_channels,
-    )
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if rank.rank == 0:
-        check_vocabulary(
-            load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template), shape.vocab_size
-        )
-        check_hf(shape, model)
-        if config.objective.needs_reference and reference != model:
-            check_hf(reference_shape, reference)
-
-    def prepare(name: str, sources: tuple[str, ...]) -> GroupStore:
-        first = rank.rank == 0
-        screen = Screen(Terminal(sys.__stdout__)) if first else None
-        with screen.task(f"{name}: rows", None) if screen else nullcontext() as task:
-            return prepare_or_wait(
-                sources, config.data, str(model), config.objective.responses, first, task.to if task else None
-            )
-
-    train = prepare("data.train", config.data.train)
-    held_out = prepare("data.eval", config.data.eval) if config.data.eval else None
-    return Inputs(shape, reference_shape, train, held_out)
-
-
-def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, stop: StopSignal) -> bool:
+def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog) -> int:
+    """0 at the end of the run; the stop signal's exit code where one came first."""
     streams = _streams(config, inputs.stores, inputs, context)
     log.banner(_banner(config, inputs, streams[0], context))
     policy = _load(config, inputs.shape, config.model.path, context)
@@ -133,7 +68,10 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
         log.line(f"going on from {newest}")
     log.resume(state.step)
     train, held_out = scored[0], scored[1] if len(scored) > 1 else None
-    return fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
+    # Only from here on does a signal wait for the end of a step: before, there is nothing to save.
+    with StopSignal() as stop:
+        finished = fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
+    return 0 if finished else stop.exit_code
 
 
 def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:
@@ -143,7 +81,8 @@ def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: 
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
-    chunks = build_chunks(shape, config.parallel, context, config.model.dtype, config.model.recompute)
+    model = config.model
+    chunks = build_chunks(shape, config.parallel, context, model.dtype, model.recompute, model.logprob_backend)
     load_hf(chunks, shape, Path(folder).expanduser())
     return chunks
 
@@ -196,8 +135,8 @@ def _scored(
         fresh = score_groups(chunks, stream, some, groups_per_pass(config), context, lambda done: None)
         difference = check_column(known, stream, config.model.dtype, fresh)
         log.line(
-            f"reference log-probabilities: {len(known)} known from an earlier run; {len(some)} groups computed "
-            f"again differ by at most {difference:.1e} nats"
+            f"reference log-probabilities: those of {len(store)} groups are known from an earlier run; "
+            f"{len(some)} groups computed again differ by at most {difference:.1e} nats"
         )
     return Scored(stream, known)
 
@@ -221,7 +160,9 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         f"grid       {grid_text}",
         f"objective  {config.objective}",
         f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
-        *inputs.train.report.lines(),
+        *(f"data.train {line}" for line in inputs.train.report.lines()),
+        *(f"data.eval  {line}" for line in (inputs.held_out.report.lines() if inputs.held_out else [])),
+        *_too_long(config, shape),
         f"batch      {config.batch.global_batch_size} groups per update, micro-batches of "
         f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens "
         f"(a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
@@ -229,14 +170,26 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     ]
 
 
+def _too_long(config: Config, shape: ModelShape) -> list[str]:
+    if config.data.max_length <= shape.max_position_embeddings:
+        return []
+    return [
+        f"warning    data.max_length {config.data.max_length} is over the {shape.max_position_embeddings} positions "
+        "that the model was made for (max_position_embeddings)"
+    ]
+
+
 def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:
     """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself."""
     if not config.data.eval:
         raise ConfigError("data.eval is not given: name the held-out data in the run file or as data.eval=FILE")
-    inputs = read_inputs(config, rank)
-    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     run_dir = Path(config.run_dir).expanduser()
     folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
+    if folder is not None:
+        identity.check_models(folder, config)
+    shapes = read_shapes(config, rank.world_size)
+    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
     with (
         grid(config.parallel, device, config.seed) as context,
         RunLog(run_dir, 0, config, enabled=context.is_first) as log,

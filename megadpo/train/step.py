@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import megadpo_kernels
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -102,10 +103,8 @@ def run_schedule(
 
 
 def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
-    """float32 [S]: log-probability of every response. Summed in float64, in the order of its tokens, so that neither
-    the neighbours in the stream nor the device's atomics can change it."""
-    sums = torch.segment_reduce(logprob_N.double(), "sum", lengths=batch.tokens_S, unsafe=True)
-    return sums.float()
+    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream."""
+    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
 
 
 def objective_of(objective: Objective) -> OnLastStage:

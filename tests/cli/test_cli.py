@@ -78,6 +78,10 @@ def refused(capsys, *arguments: str) -> str:
         (("export", "nowhere", "out"), "has no run.yaml; give the run_dir of a training run"),
         (("inspect", "run.yaml", "--group", "x"), "argument --group: invalid int value: 'x'"),
         (("inspect", "run.yaml", "--eval"), "data.eval is not given in the run file"),
+        (("inspect", "run.yaml", "--eval", "--batch", "0"), "--batch shows the batches of training"),
+        (("inspect", "run.yaml", "--batch", "-1"), "--batch -1: must be NUMBER or STEP:NUMBER"),
+        (("inspect", "run.yaml", "--batch", "1:2:3"), "--batch 1:2:3: must be NUMBER or STEP:NUMBER"),
+        (("inspect", "run.yaml", "--batch", "0", "--group", "1"), "not allowed with argument --batch"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, expected):

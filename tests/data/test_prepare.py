@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +20,7 @@ from megadpo.config import DataConfig
 from megadpo.data import prepare as room
 from megadpo.data import processes
 from megadpo.data import store as store_room
-from megadpo.data.prepare import prepare, prepare_or_wait, store_folder, wait_for
+from megadpo.data.prepare import prepare, store_folder
 from megadpo.data.store import GroupStore
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError, DataError, MachineError, StorageError, TokenizerError
@@ -246,7 +244,7 @@ def test_killed_process_is_reported(data: DataConfig, model: str, monkeypatch: p
     monkeypatch.setattr(processes, "_start_process", partial(os._exit, 9))
     with pytest.raises(MachineError, match=r"a tokenising process was killed.*lower data\.num_proc"):
         prepare(data.train, replace(data, num_proc=2), model, 2)
-    assert left_over(data) == [f"{store_folder(data.train, data, load_tokenizer(model, None), 2).name}.failed"]
+    assert left_over(data) == []
 
 
 def start(function: Callable[..., None], *arguments: object) -> Any:
@@ -277,45 +275,6 @@ def test_two_preparers_at_once(data: DataConfig, model: str) -> None:
     assert len(prepare(data.train, data, model, 2)) == 40
 
 
-def test_waiters_get_the_store(data: DataConfig, model: str) -> None:
-    found: list[GroupStore] = []
-    waiter = threading.Thread(
-        target=lambda: found.append(prepare_or_wait(data.train, data, model, 2, is_preparer=False))
-    )
-    waiter.start()
-    time.sleep(0.1)
-    made = prepare_or_wait(data.train, data, model, 2, is_preparer=True)
-    waiter.join(30)
-    assert [store.digest for store in found] == [made.digest]
-
-
-def test_waiting_ends(data: DataConfig, model: str, tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "never"
-    with pytest.raises(StorageError, match=r"no prepared data after 0 s; put data\.cache_dir on a file system"):
-        wait_for(folder, timeout_s=0.05, poll_s=0.01)
-    bad = replace(data, train=(write(tmp_path / "same.jsonl", [pair(1) | {"rejected": " is 1."}]),))
-    with pytest.raises(DataError):
-        prepare(bad.train, bad, model, 2)
-    failed = store_folder(bad.train, bad, load_tokenizer(model, None), 2)
-    with pytest.raises(DataError, match=r"the process that prepares the data failed: .*nothing to train on"):
-        wait_for(failed, timeout_s=30, poll_s=0.01, grace_s=0.05)
-
-
-def test_old_note_of_failure_is_forgotten(data: DataConfig, model: str) -> None:
-    """One lies there from the attempt before; the new attempt clears it away before the waiter believes
-    it."""
-    folder = store_folder(data.train, data, load_tokenizer(model, None), 2)
-    folder.parent.mkdir()
-    folder.with_name(folder.name + ".failed").write_text("the disk was full yesterday")
-    found: list[GroupStore] = []
-    waiter = threading.Thread(target=lambda: found.append(wait_for(folder, 30, 0.01, grace_s=20)))
-    waiter.start()
-    prepare(data.train, data, model, 2)
-    waiter.join(30)
-    assert len(found) == 1
-    assert left_over(data) == []
-
-
 # Failure ---------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +282,7 @@ def test_nothing_left_is_an_error(data: DataConfig, model: str, tmp_path: Path) 
     source = write(tmp_path / "same.jsonl", [pair(1) | {"rejected": " is 1."}] * 2)
     with pytest.raises(DataError) as caught:
         prepare((source,), data, model, 2)
-    assert "nothing to train on; 2 rows read, 0 groups kept" in str(caught.value)
+    assert "nothing to train on; 2 rows read as trl_standard, 0 groups kept" in str(caught.value)
     assert "2 dropped: all responses are identical (same.jsonl:1, same.jsonl:2)" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -334,7 +293,7 @@ def test_bad_line_leaves_nothing_behind(data: DataConfig, model: str, tmp_path: 
         file.write("{oops}\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:301: not valid JSON"):
         prepare((source,), data, model, 2)
-    assert [name.endswith(".failed") for name in left_over(data)] == [True]
+    assert left_over(data) == []
 
 
 def test_number_of_responses(data: DataConfig, model: str, tmp_path: Path) -> None:
@@ -353,7 +312,7 @@ def test_full_disk(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(store_room, "_record_batch", full)
     with pytest.raises(StorageError, match=r"cannot be written; the disk is full: free some space, or set data"):
         prepare(data.train, data, model, 2)
-    assert [name.endswith(".failed") for name in left_over(data)] == [True]
+    assert left_over(data) == []
 
 
 def test_cache_dir_that_cannot_be(data: DataConfig, model: str, tmp_path: Path) -> None:

@@ -362,3 +362,22 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"someone/pairs: neither .* \(no route to the Hub\)"):
         groups("someone/pairs")
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_a_null_in_the_first_row_does_not_decide_the_format(tmp_path: Path, nothing: str) -> None:
+    """Without its prompt column a pair would pass for one whose prompt is inside the responses."""
+    rows = [f'{{"prompt": {nothing}, "chosen": "a b", "rejected": "a c"}}']
+    rows += ['{"prompt": "Once", "chosen": "a b", "rejected": "a c"}']
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    names: list[str] = []
+    dropped, group = read_groups(str(tmp_path / "pairs.jsonl"), None, "auto", names.append)
+    assert dropped == Dropped("pairs.jsonl:1", "`prompt` is null")
+    assert group == Group("pairs.jsonl:2", "Once", ("a b", "a c"))
+    assert names == ["trl_standard"]
+
+
+def test_half_a_surrogate_pair_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    [item] = read_groups(str(tmp_path / "pairs.jsonl"), None, "auto")
+    assert item == Dropped("pairs.jsonl:1", "text that is not valid Unicode (half of a surrogate pair)")

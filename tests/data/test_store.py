@@ -22,6 +22,7 @@ REPORT = PrepareReport(
     boundary_splits=3,
     headers_scored=0,
     template="ChatML",
+    formats=["trl_standard"],
     seconds=1.25,
 )
 
@@ -226,7 +227,7 @@ def test_damaged_store_is_refused(tmp_path: Path) -> None:
 
 def test_report_lines() -> None:
     lines = REPORT.lines()
-    assert lines[0] == "9 rows read, 7 groups kept, in 1.2 s"
+    assert lines[0] == "9 rows read as trl_standard, 7 groups kept, in 1.2 s"
     assert "4 dropped: too odd (a:1, a:3, a:5, ...)" in lines
     assert "1 dropped: too even (a:2)" in lines
     assert any(line.startswith("2 groups cut to data.max_length, 1 of them") for line in lines)

@@ -1,115 +1,236 @@
-"""linear_logprob against plain float64 torch: values and gradients, on one rank and split over two."""
+"""linear_logprob on one rank: every back end against float64, values and gradients, kind and unkind inputs."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from distributed import run_ranks
-from megadpo_kernels import VocabShard, linear_logprob
+from cases import GRADIENT, Inputs, Place, answer, assert_near, inputs, relative, truth
+from megadpo_kernels import LogitOptions, VocabShard, linear_logprob
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CAPPED = LogitOptions(multiplier=0.7, soft_cap=5.0, temperature=1.3)
 
 
-def inputs(rows: int, hidden: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, hidden, generator=generator)
-    w = torch.randn(vocab, hidden, generator=generator)
-    targets = torch.randint(0, vocab, (rows,), generator=generator)
-    upstream = torch.randn(rows, generator=generator)
-    return x, w, targets, upstream
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [LogitOptions(), CAPPED, LogitOptions(temperature=0.6)], ids=str)
+def test_against_float64(place: Place, dtype: torch.dtype, options: LogitOptions) -> None:
+    """Log-probability and entropy; 23 rows in chunks of 7; 101 columns: one whole block of the kernel and a part."""
+    given = inputs(23, 32, 101, scale=2).to(place.device, dtype)
+    got = answer(given, place.backend, options=options, entropy=True)
+    assert_near(got, truth(given, options, entropy=True), place.gradient_tolerance(dtype))
+    got = answer(given, place.backend, options=options)
+    assert_near(got, truth(given, options), place.gradient_tolerance(dtype))
 
 
-def truth(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    x, w = x.double().requires_grad_(), w.double().requires_grad_()
-    logprob = (x @ w.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    logprob.backward(upstream.double())
-    return logprob.detach(), x.grad, w.grad
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 64, 65, 128])
+def test_any_vocabulary(place: Place, vocab: int) -> None:
+    given = inputs(5, 8, vocab).to(place.device, torch.float32)
+    want = truth(given)
+    got = answer(given, place.backend)
+    assert float((got.logprob_N - want.logprob_N).abs().max()) <= 2e-5
+    assert float((got.hidden - want.hidden).norm()) <= 3e-6 * max(float(want.hidden.norm()), 1)
 
 
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
+@pytest.mark.parametrize("offset", [90.0, -90.0])
+def test_logits_beyond_80(place: Place, offset: float) -> None:
+    """exp of them overflows, or is 0, in float32. One direction of hidden carries the offset, exactly."""
+    given = inputs(11, 16, 67, scale=3)
+    hidden, weight = given.hidden_ND.clone(), given.weight_VD.clone()
+    hidden[:, 0], weight[:, 0] = 1.0, offset
+    given = replace(given, hidden_ND=hidden, weight_VD=weight).to(place.device, torch.float32)
+    assert float((given.hidden_ND @ given.weight_VD.t()).abs().min()) > 78
+    assert_near(answer(given, place.backend), truth(given), 2 * GRADIENT[torch.float32])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_one_rank(chunk: int, scale: float) -> None:
-    """scale 30 gives logits of several hundred: exp would overflow without the maximum."""
-    x, w, targets, upstream = inputs(23, 16, 101)
-    x = (x * scale).requires_grad_()
-    w.requires_grad_()
-    logprob = linear_logprob(x, w, targets, VocabShard(0, 101, None), chunk)
-    logprob.backward(upstream)
-    want, want_x, want_w = truth(x.detach(), w.detach(), targets, upstream)
-    assert logprob.dtype == torch.float32
-    torch.testing.assert_close(logprob.detach().double(), want, atol=1e-5 * max(scale, 1) ** 1.5, rtol=1e-6)
-    assert relative(x.grad, want_x) < 3e-6 * max(scale, 1)
-    assert relative(w.grad, want_w) < 3e-6 * max(scale, 1)
+def test_wild_logits(lean: Place) -> None:
+    """Several hundred in both directions: nothing overflows, and the error is that of the product alone."""
+    given = inputs(11, 16, 67, scale=200).to(lean.device, torch.float32)
+    got, want = answer(given, lean.backend), truth(given)
+    exact = (given.hidden_ND.double() @ given.weight_VD.double().t()).cpu()
+    product = (given.hidden_ND @ given.weight_VD.t()).cpu()
+    assert float((got.logprob_N - want.logprob_N).abs().max()) <= 4 * float((product - exact).abs().max()) + 1e-5
 
 
-def test_padding_has_no_probability_and_no_gradient() -> None:
-    x, w, targets, upstream = inputs(9, 8, 50)
-    padded = torch.cat([w, torch.full((14, 8), 7.0)]).requires_grad_()
-    logprob = linear_logprob(x, padded, targets, VocabShard(0, 50, None))
-    logprob.backward(upstream)
-    want, _, want_w = truth(x, w, targets, upstream)
-    torch.testing.assert_close(logprob.detach().double(), want, atol=1e-5, rtol=0)
-    assert padded.grad[50:].eq(0).all()
-    assert relative(padded.grad[:50], want_w) < 3e-6
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_probability_near_one(place: Place, dtype: torch.dtype) -> None:
+    """A probability rounded to bfloat16 before 1 is subtracted would leave no gradient of the target at all. In float32
+    1 - p keeps an absolute error of 6e-8, whence the tolerance."""
+    given = inputs(6, 40, 40, scale=0.3)
+    weight = torch.eye(40)
+    given = replace(given, hidden_ND=given.hidden_ND + 10 * weight[given.targets_N], weight_VD=weight)
+    given = given.to(place.device, dtype)
+    want = truth(given)
+    assert float(want.logprob_N.exp().min()) > 0.99
+    got = answer(given, place.backend)
+    assert_near(got, want, max(place.gradient_tolerance(dtype), 5e-4))
 
 
-def test_no_rows() -> None:
-    x, w = torch.zeros(0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    logprob = linear_logprob(x, w, torch.zeros(0, dtype=torch.int64), VocabShard(0, 20, None))
+def test_padding_has_no_probability_and_no_gradient(place: Place) -> None:
+    given = inputs(9, 8, 50)
+    padded = replace(given, weight_VD=torch.cat([given.weight_VD, torch.full((14, 8), 7.0)]))
+    padded = padded.to(place.device, torch.float32)
+    got = answer(padded, place.backend, shard=VocabShard(0, 50, None))
+    want = truth(given)
+    assert float((got.logprob_N - want.logprob_N).abs().max()) <= 2e-5
+    assert got.weight[50:].eq(0).all()
+    assert relative(got.weight[:50], want.weight) < 3e-6
+    assert relative(got.hidden, want.hidden) < 3e-6
+
+
+def test_a_target_in_the_padding_has_probability_zero(place: Place) -> None:
+    given = inputs(3, 8, 50).to(place.device, torch.float32)
+    targets = torch.tensor([4, 47, -1], device=place.device)
+    shard = VocabShard(0, 45, None)
+    logprob = linear_logprob(given.hidden_ND, given.weight_VD, targets, shard, backend=place.backend)
+    assert logprob.isinf().tolist() == [False, True, True]
+
+
+def test_no_rows(place: Place) -> None:
+    x = torch.zeros(0, 8, requires_grad=True, device=place.device)
+    w = torch.randn(20, 8, device=place.device, requires_grad=True)
+    targets = torch.zeros(0, dtype=torch.int64, device=place.device)
+    logprob = linear_logprob(x, w, targets, VocabShard(0, 20, None), backend=place.backend)
     logprob.sum().backward()
     assert logprob.shape == (0,)
     assert w.grad.eq(0).all()
 
 
-def test_rows_do_not_depend_on_each_other() -> None:
-    """One row of NaN stays one row of NaN."""
-    x, w, targets, _ = inputs(6, 8, 30)
-    clean = linear_logprob(x, w, targets, VocabShard(0, 30, None))
-    x[2] = torch.nan
-    dirty = linear_logprob(x, w, targets, VocabShard(0, 30, None))
-    assert dirty[2].isnan()
-    keep = torch.tensor([0, 1, 3, 4, 5])
-    assert torch.equal(clean[keep], dirty[keep])
+def test_rows_do_not_depend_on_each_other(place: Place) -> None:
+    """A row of NaN is reported in its own place: values and input gradients of the others keep every bit."""
+    given = inputs(9, 8, 30).to(place.device, torch.float32)
+    hidden = given.hidden_ND.clone()
+    hidden[2] = torch.nan
+    clean, dirty = answer(given, place.backend), answer(replace(given, hidden_ND=hidden), place.backend)
+    assert dirty.logprob_N.isnan().nonzero().tolist() == [[2]]
+    assert dirty.hidden[2].isnan().all()
+    assert dirty.weight.isnan().all(), "the gradient of a NaN must not pass for a number"
+    keep = torch.tensor([0, 1, 3, 4, 5, 6, 7, 8])
+    assert torch.equal(clean.logprob_N[keep], dirty.logprob_N[keep])
+    assert torch.equal(clean.hidden[keep], dirty.hidden[keep])
 
 
-def split(device: torch.device, rows: int, vocab: int, padded: int) -> tuple[torch.Tensor, ...]:
-    group = torch.distributed.group.WORLD
-    x, w, targets, upstream = inputs(rows, 16, vocab)
-    w = torch.cat([w, torch.full((padded - vocab, 16), 5.0)])
-    part = padded // group.size()
-    start = group.rank() * part
-    x.requires_grad_()
-    mine = w[start : start + part].clone().requires_grad_()
-    logprob = linear_logprob(x, mine, targets, VocabShard(start, vocab, group), chunk=5)
-    logprob.backward(upstream)
-    torch.distributed.all_reduce(x.grad)
-    return logprob.detach(), x.grad, mine.grad
+def test_rows_without_upstream_gradient(place: Place) -> None:
+    given = inputs(10, 8, 30).to(place.device, torch.float32)
+    upstream = given.upstream_N.clone()
+    upstream[::2] = 0
+    given = replace(given, upstream_N=upstream)
+    got = answer(given, place.backend)
+    assert got.hidden[::2].eq(0).all()
+    assert_near(got, truth(given), 3e-6)
 
 
-# the last: all real tokens are on the first rank, the second has not one valid column
-@pytest.mark.parametrize(("vocab", "padded"), [(64, 64), (101, 102), (30, 60)])
-def test_two_ranks(vocab: int, padded: int) -> None:
-    results = run_ranks(2, split, 17, vocab, padded)
-    want, want_x, want_w = truth(*inputs(17, 16, vocab))
-    assert torch.equal(results[0][0], results[1][0]), "ranks disagree"
-    torch.testing.assert_close(results[0][0].double(), want, atol=2e-5, rtol=0)
-    assert relative(results[0][1], want_x) < 3e-6
-    whole = torch.cat([results[0][2], results[1][2]])
-    assert relative(whole[:vocab], want_w) < 3e-6
-    assert whole[vocab:].eq(0).all()
+def test_equal_rows_give_equal_bits(place: Place) -> None:
+    """Also in different chunks of the same size."""
+    given = inputs(4, 16, 90)
+    twice = Inputs(*(torch.cat([getattr(given, n)] * 2) if n != "weight_VD" else given.weight_VD for n in vars(given)))
+    got = answer(twice.to(place.device, torch.float32), place.backend, chunk=4)
+    assert torch.equal(got.logprob_N[:4], got.logprob_N[4:])
+    assert torch.equal(got.hidden[:4], got.hidden[4:])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_the_chunk_does_not_matter(lean: Place, chunk: int) -> None:
+    given = inputs(23, 16, 101).to(lean.device, torch.float32)
+    assert_near(answer(given, lean.backend, chunk=chunk), truth(given), 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_logits_give_the_same_bits(lean: Place, dtype: torch.dtype) -> None:
+    """None kept, some of the chunks, all. And twice the same call."""
+    given = inputs(23, 16, 101).to(lean.device, dtype)
+    chunk_bytes = 7 * 112 * 4
+    answers = [answer(given, lean.backend, cache_bytes=size) for size in (0, 0, 2 * chunk_bytes, 2**20)]
+    for other in answers[1:]:
+        assert torch.equal(answers[0].logprob_N, other.logprob_N)
+        assert torch.equal(answers[0].hidden, other.hidden)
+        assert torch.equal(answers[0].weight, other.weight)
+
+
+def test_backward_twice(lean: Place) -> None:
+    """The first pass writes over the kept logits; the second must not use them."""
+    given = inputs(9, 8, 30).to(lean.device, torch.float32)
+    x, w = given.hidden_ND.requires_grad_(), given.weight_VD
+    logprob = linear_logprob(x, w, given.targets_N, VocabShard(0, 30, None), backend=lean.backend, cache_bytes=2**20)
+    [first] = torch.autograd.grad(logprob, x, given.upstream_N, retain_graph=True)
+    [second] = torch.autograd.grad(logprob, x, given.upstream_N)
+    assert torch.equal(first, second)
+
+
+def test_scored_rows_of_a_stream(place: Place) -> None:
+    """In any order, one of them twice, some not at all."""
+    given = inputs(12, 8, 30)
+    rows = torch.tensor([3, 4, 5, 3, 9, 11, 0])
+    picked = Inputs(given.hidden_ND[rows], given.weight_VD, given.targets_N[:7], given.upstream_N[:7])
+    want = truth(picked)
+    want_hidden = torch.zeros(12, 8, dtype=torch.float64).index_add(0, rows, want.hidden)
+    there = given.to(place.device, torch.float32)
+    x = there.hidden_ND.requires_grad_()
+    logprob = linear_logprob(
+        x,
+        there.weight_VD,
+        there.targets_N[:7],
+        VocabShard(0, 30, None),
+        rows_N=rows.to(place.device),
+        backend=place.backend,
+    )
+    logprob.backward(there.upstream_N[:7])
+    assert float((logprob.detach().cpu() - want.logprob_N).abs().max()) < 2e-5
+    assert relative(x.grad.cpu(), want_hidden) < 3e-6
+
+
+def test_a_frozen_head_and_a_frozen_body(lean: Place) -> None:
+    """As under low-rank adapters (the weight is frozen), or where only the head is trained."""
+    given = inputs(9, 8, 30).to(lean.device, torch.float32)
+    want = truth(given)
+    for trained in ("hidden", "weight"):
+        x, w = given.hidden_ND.clone(), given.weight_VD.clone()
+        (x if trained == "hidden" else w).requires_grad_()
+        linear_logprob(x, w, given.targets_N, VocabShard(0, 30, None), backend=lean.backend).backward(given.upstream_N)
+        got, other = (x.grad, w.grad) if trained == "hidden" else (w.grad, x.grad)
+        assert other is None
+        assert relative(got.cpu(), getattr(want, trained)) < 3e-6
 
 
 def test_bfloat16_is_no_worse_than_the_plain_path() -> None:
-    x, w, targets, upstream = inputs(40, 64, 300)
-    x, w = (x * 0.3).bfloat16(), w.bfloat16()
-    want, want_x, want_w = truth(x, w, targets, upstream)
+    given = inputs(40, 64, 300, scale=2).to(CPU, torch.bfloat16)
+    want = truth(given)
+    ours = answer(given, "chunked")
+    x, w = given.hidden_ND.requires_grad_(), given.weight_VD.requires_grad_()
+    plain = (x @ w.t()).log_softmax(-1).gather(1, given.targets_N[:, None])[:, 0]
+    plain.float().backward(given.upstream_N)
+    error, plain_error = ((a.double() - want.logprob_N).abs().max() for a in (ours.logprob_N, plain))
+    assert error < plain_error / 100
+    assert relative(ours.hidden, want.hidden) <= relative(x.grad, want.hidden)
+    assert relative(ours.weight, want.weight) <= relative(w.grad, want.weight)
 
-    def measure(function: object) -> tuple[float, float, float]:
-        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        logprob = function(a, b)
-        logprob.float().backward(upstream)
-        return (float((logprob.double() - want).abs().max()), relative(a.grad, want_x), relative(b.grad, want_w))
 
-    ours = measure(lambda a, b: linear_logprob(a, b, targets, VocabShard(0, 300, None)))
-    plain = measure(lambda a, b: (a @ b.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0])
-    assert all(a <= 1.1 * b for a, b in zip(ours, plain, strict=True)), (ours, plain)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_ND": torch.zeros(4, 9)}, "the same D"),
+        ({"hidden_ND": torch.zeros(4, 8).bfloat16()}, "bfloat16 and torch.float32"),
+        ({"targets_N": torch.zeros(3, dtype=torch.int64)}, r"need int64 \[4\]"),
+        ({"targets_N": torch.zeros(4)}, "torch.float32"),
+    ],
+)
+def test_wrong_inputs(change: dict, words: str) -> None:
+    given = replace(inputs(4, 8, 30), **change)
+    with pytest.raises(ValueError, match=words):
+        linear_logprob(given.hidden_ND, given.weight_VD, given.targets_N, VocabShard(0, 30, None))
+
+
+def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(4, 8, 30)
+    arguments = (given.hidden_ND, given.weight_VD, given.targets_N, VocabShard(0, 30, None))
+    with pytest.raises(ValueError, match="temperature = 0"):
+        LogitOptions(temperature=0)
+    with pytest.raises(ValueError, match="chunk = 0"):
+        linear_logprob(*arguments, chunk=0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="choose chunked"):
+        linear_logprob(*arguments, backend="triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed"):
+        linear_logprob(*arguments, backend="triton")
+    assert linear_logprob(*arguments).shape == (4,), "everything else works without Triton"

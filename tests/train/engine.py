@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megadpo_kernels import Backend
 
 from megadpo.config import OptimizerConfig, ParallelConfig
 from megadpo.convert.families import read_shape
@@ -43,7 +44,9 @@ class Case:
     objective: Objective = field(default_factory=lambda: DPO(beta=0.5))
     resident: bool = False
     share: bool = True
+    grain: int | None = None
     bucket_size: int | None = None
+    logprob_backend: Backend = "auto"
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -69,12 +72,13 @@ class Piece:
 
 def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     shape = read_shape(case.folder)
-    modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute)
+    modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute, case.logprob_backend)
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
     multiple = case.pipeline if case.virtual else 1
-    return TrainState(chunks, optimizer), Stream(case.store, case.budget, context.data_size, multiple, share=case.share)
+    stream = Stream(case.store, case.budget, context.data_size, multiple, share=case.share, grain=case.grain)
+    return TrainState(chunks, optimizer), stream
 
 
 def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import write_llama
 
 from megadpo.cli import main
 from train.test_run import run_file
@@ -77,6 +78,9 @@ CASES: dict[str, tuple[Change, str]] = {
     "eval file": (settings("data.eval=/nowhere/eval.jsonl"), r"/nowhere/eval\.jsonl"),
     "format": (settings("data.format=orca"), r"orca"),
     "occupied export": (settings("export.enabled=true", "export.path={occupied}"), r"export\.path.*not empty"),
+    "checkpoints as export": (settings("export.enabled=true", "export.path={run}/checkpoints"), r"export\.path.*own"),
+    "export that cannot be": (settings("export.enabled=true", "export.path=/proc/none/export"), r"/proc/none"),
+    "long warm-up": (settings("optimizer.warmup_steps=8"), r"warmup_steps = 8: the run has only 8 steps"),
     "run_dir is a file": (settings("run_dir={occupied}/file"), r"file"),
 }
 
@@ -93,7 +97,7 @@ def test_one_line(name: str, tmp_path: Path, shared: Path, capfd: pytest.Capture
     (occupied / "file").write_text("mine")
     change, message = CASES[name]
     path = run_file(tmp_path, shared, model={"path": str(model)}, data={"train": str(data)})
-    overrides = [override.format(occupied=occupied) for override in change(model, data)]
+    overrides = [override.format(occupied=occupied, run=tmp_path / "run") for override in change(model, data)]
     code = main(["train", str(path), "parallel.tensor_model_parallel_size=1", *overrides])
     error = capfd.readouterr().err
     assert code != 0
@@ -103,6 +107,7 @@ def test_one_line(name: str, tmp_path: Path, shared: Path, capfd: pytest.Capture
     assert not list(tmp_path.glob("run/checkpoints/*"))
     assert not (tmp_path / "run" / "export").exists()
     assert (occupied / "file").read_text() == "mine"
+    assert not (tmp_path / "run" / "identity.json").exists(), "a start that was refused claims no run folder"
 
 
 def test_a_run_folder_of_another_run(tmp_path: Path, shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -115,3 +120,31 @@ def test_a_run_folder_of_another_run(tmp_path: Path, shared: Path, capfd: pytest
     assert "belongs to another run: its objective.beta is 0.1, this run's is 0.3" in error
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_another_model_s_checkpoint(tmp_path: Path, shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Evaluation names the mistake, and never advises to remove a good checkpoint."""
+    stories = shared / "data" / "stories_pairs_eval.jsonl"
+    path = run_file(tmp_path, shared, train={"max_steps": 1}, parallel={"tensor_model_parallel_size": 1})
+    assert main(["train", str(path)]) == 0
+    other = write_llama(tmp_path / "other", layers=5, hidden=64, ffn=172, heads=8, groups=4, vocab=512, tied=True)
+    for file in (shared / "models" / "stories260k").glob("token*"):
+        shutil.copyfile(file, other / file.name)
+    capfd.readouterr()
+    for overrides, message in (
+        ([f"model.path={other}"], "its model.weights is"),
+        (["--checkpoint", str(tmp_path / "nowhere")], "is not a checkpoint"),
+    ):
+        assert main(["eval", str(path), f"data.eval={stories}", *overrides]) != 0
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert "remove" not in error
+
+
+def test_damaged_identity(tmp_path: Path, shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run_file(tmp_path, shared, train={"max_steps": 1}, parallel={"tensor_model_parallel_size": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "identity.json").write_text("{")
+    assert main(["train", str(path)]) == 2
+    assert "identity.json: cannot be read" in capfd.readouterr().err

@@ -1,0 +1,37 @@
+"""Sum of the log-probabilities of every response, in a fixed order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadpo_kernels.backends import Backend, uses_triton
+
+
+def response_sums(logprob_N: Tensor, tokens_S: Tensor, backend: Backend = "auto") -> Tensor:
+    """float32 [S]: sum of each response's tokens, which stand one after the other in logprob_N. With gradient.
+
+    logprob_N: float32 [N]. tokens_S: int64 [S], tokens of each response, adding up to N; 0 gives 0. Added in float64
+    and always in the same order, so that neither the neighbours nor the device's atomics can change a sum. No host
+    synchronisation.
+    """
+    if uses_triton(backend, logprob_N.device):
+        return _ResponseSums.apply(logprob_N, tokens_S)
+    return torch.segment_reduce(logprob_N.double(), "sum", lengths=tokens_S, unsafe=True).float()
+
+
+class _ResponseSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logprob_N: Tensor, tokens_S: Tensor) -> Tensor:
+        from megadpo_kernels import rows_triton
+
+        ctx.save_for_backward(tokens_S)
+        ctx.tokens = len(logprob_N)
+        return rows_triton.segment_sums(logprob_N, tokens_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        [tokens_S] = ctx.saved_tensors
+        return torch.repeat_interleave(grads[0], tokens_S, output_size=ctx.tokens), None

@@ -1,0 +1,179 @@
+"""Triton kernels of the head; `rows_triton` launches them, `rows` says what they mean.
+
+Import this only where Triton can run (`backends.triton_problem`). Every kernel has one program per row, block of rows
+or segment, so results do not depend on how programs are scheduled. No kernel uses atomics. Rows of logits start at
+64-byte boundaries and have a length in memory that is a multiple of 16 (`stride`): they are read and written 16 bytes
+at a time.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: PLR0913
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e38)
+
+
+@triton.jit
+def _transformed(logit, multiplier, soft_cap, coolness, CAPPED: tl.constexpr):
+    """(z, tanh): z = soft_cap * tanh(multiplier * logit / soft_cap) * coolness, or without the cap."""
+    z = logit.to(tl.float32) * multiplier
+    inner = z
+    if CAPPED:
+        x = z / soft_cap
+        small = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+        inner = (1 - small) / (1 + small)
+        inner = tl.where(x < 0, -inner, inner)
+        z = inner * soft_cap
+    return z * coolness, inner
+
+
+@triton.jit
+def _fold(top, total, moment, z, ENTROPY: tl.constexpr):
+    """One more block of a row: z of its columns, those beyond the row at LOWEST, where they weigh nothing."""
+    new_top = tl.maximum(top, tl.max(z, 0))
+    step = top - new_top
+    shrink = tl.exp2(step * LOG2E)
+    below = z - new_top
+    weight = tl.exp2(below * LOG2E)
+    if ENTROPY:
+        moment = shrink * (moment + total * step) + tl.sum(weight * below, 0)
+    total = total * shrink + tl.sum(weight, 0)
+    return new_top, total, moment
+
+
+@triton.jit(do_not_specialize=["stats_stride", "columns"])
+def row_stats_kernel(
+    logits,
+    stride,
+    targets,
+    stats,
+    stats_stride,
+    columns,
+    multiplier,
+    soft_cap,
+    coolness,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """One program per row: maximum, sum of exponentials, target's z, and the entropy's moment, in one pass."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full((), LOWEST, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    moment = tl.full((), 0.0, tl.float32)
+    for at in range(0, columns, BLOCK):
+        # the row's memory goes on to `stride`, a multiple of 16: the mask allows 16-byte loads
+        logit = tl.load(logits + at + lanes, mask=at + lanes < stride, other=0.0)
+        z, _ = _transformed(logit, multiplier, soft_cap, coolness, CAPPED)
+        top, total, moment = _fold(top, total, moment, tl.where(at + lanes < columns, z, LOWEST), ENTROPY)
+    target = tl.load(targets + row)
+    here = (target >= 0) & (target < columns)
+    z, _ = _transformed(tl.load(logits + target, mask=here, other=0.0), multiplier, soft_cap, coolness, CAPPED)
+    tl.store(stats + row, top)
+    tl.store(stats + stats_stride + row, total)
+    tl.store(stats + 2 * stats_stride + row, tl.where(here, z, -float("inf")))
+    if ENTROPY:
+        tl.store(stats + 3 * stats_stride + row, moment)
+
+
+@triton.jit(do_not_specialize=["ranks", "rows"])
+def combine_kernel(stats, logprobs, normaliser, entropies, ranks, rows, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+    """One program per block of rows: merge the ranks' statistics [ranks, 3 or 4, rows] in rank order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < rows
+    KINDS: tl.constexpr = 4 if ENTROPY else 3
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    target = tl.full((BLOCK,), -float("inf"), tl.float32)
+    for rank in range(ranks):
+        part = stats + rank * KINDS * rows + at
+        top = tl.maximum(top, tl.load(part, mask=valid, other=0.0))
+        target = tl.maximum(target, tl.load(part + 2 * rows, mask=valid, other=0.0))
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    for rank in range(ranks):
+        part = stats + rank * KINDS * rows + at
+        below = tl.load(part, mask=valid, other=0.0) - top
+        weight = tl.exp2(below * LOG2E)
+        theirs = tl.load(part + rows, mask=valid, other=1.0)
+        total += weight * theirs
+        if ENTROPY:
+            moment += weight * (tl.load(part + 3 * rows, mask=valid, other=0.0) + theirs * below)
+    log_total = tl.log(total)
+    tl.store(logprobs + at, (target - top) - log_total, mask=valid)
+    tl.store(normaliser + at, top, mask=valid)
+    tl.store(normaliser + rows + at, log_total, mask=valid)
+    if ENTROPY:
+        tl.store(entropies + at, log_total - moment / total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["normaliser_stride", "upstream_stride", "columns"])
+def slope_kernel(
+    logits,
+    stride,
+    slopes,
+    slope_stride,
+    targets,
+    normaliser,
+    normaliser_stride,
+    upstreams,
+    upstream_stride,
+    entropies,
+    columns,
+    multiplier,
+    soft_cap,
+    coolness,
+    BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """One program per row: gradient of the logits, written over them.
+
+    Slopes may be half as wide as logits and start at the same address: a block is written where blocks up to itself
+    were read, so only the block at hand needs the barrier between its loads and its stores.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    slopes += row * slope_stride
+    lanes = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    top = tl.load(normaliser + row)
+    log_total = tl.load(normaliser + normaliser_stride + row)
+    upstream = tl.load(upstreams + row)
+    entropy_upstream = 0.0
+    entropy = 0.0
+    if ENTROPY:
+        entropy_upstream = tl.load(upstreams + upstream_stride + row)
+        entropy = tl.load(entropies + row)
+    for at in range(0, columns, BLOCK):
+        inside = at + lanes < stride
+        logit = tl.load(logits + at + lanes, mask=inside, other=0.0)
+        z, inner = _transformed(logit, multiplier, soft_cap, coolness, CAPPED)
+        logprob = (tl.where(at + lanes < columns, z, LOWEST) - top) - log_total
+        probability = tl.exp2(logprob * LOG2E)
+        # one-hot minus probability in float32: near probability 1, rounding first would lose the target's gradient
+        slope = upstream * (tl.where(at + lanes == target, 1.0, 0.0) - probability)
+        if ENTROPY:
+            slope -= entropy_upstream * probability * (logprob + entropy)
+        if CAPPED:
+            slope *= 1 - inner * inner
+        slope *= multiplier * coolness
+        tl.debug_barrier()
+        tl.store(slopes + at + lanes, slope.to(slopes.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def segment_sums_kernel(values, ends, sums, BLOCK: tl.constexpr):
+    """One program per segment: float64 sum of values[ends[i - 1]:ends[i]]."""
+    segment = tl.program_id(0)
+    end = tl.load(ends + segment)
+    start = tl.load(ends + segment - 1, mask=segment > 0, other=0)
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for at in range(start, end, BLOCK):
+        total += tl.load(values + at + lanes, mask=at + lanes < end, other=0.0).to(tl.float64)
+    tl.store(sums + segment, tl.sum(total, 0).to(tl.float32))

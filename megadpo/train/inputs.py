@@ -1,0 +1,123 @@
+"""What a run starts from: the model folder checked, the data tokenised, the run folder claimed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megadpo.config import Config
+from megadpo.config.check import check_grid
+from megadpo.convert.families import read_shape
+from megadpo.convert.importer import check_hf
+from megadpo.convert.shape import ModelShape
+from megadpo.data.prepare import prepare
+from megadpo.data.store import GroupStore
+from megadpo.data.stream import open_streams
+from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
+from megadpo.errors import ConfigError
+from megadpo.observe.log import write_run_files
+from megadpo.observe.progress import Screen, Terminal
+from megadpo.parallel.context import from_first_rank
+from megadpo.parallel.ranks import Rank
+from megadpo.train import identity
+from megadpo.train.export import check_target, keep_template
+from megadpo.train.loop import run_length
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the model folders' config.json say."""
+
+    policy: ModelShape
+    reference: ModelShape
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked, and on the disk. Every rank has the same."""
+
+    shape: ModelShape
+    reference_shape: ModelShape
+    train: GroupStore
+    held_out: GroupStore | None
+
+    @property
+    def stores(self) -> list[GroupStore]:
+        return [self.train] if self.held_out is None else [self.train, self.held_out]
+
+
+def read_shapes(config: Config, world_size: int) -> Shapes:
+    """Raises ModelError for a folder that is no supported model, ConfigError for a grid that does not fit it."""
+    policy = read_shape(_folder(config.model.path))
+    problems = check_grid(
+        config,
+        num_attention_heads=policy.num_attention_heads,
+        num_query_groups=policy.num_query_groups,
+        num_layers=policy.num_layers,
+        ffn_hidden_size=policy.ffn_hidden_size,
+        world_size=world_size,
+        kv_channels=policy.kv_channels,
+    )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Shapes(policy, read_shape(_folder(config.reference.path)) if config.reference.path else policy)
+
+
+def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool) -> Inputs:
+    """Check and prepare everything on rank 0; the other ranks wait outside any collective and open what it made.
+
+    training: also claim the run folder, last, so that a start that is refused leaves no trace in it.
+    """
+
+    def first() -> str:
+        stores = _prepare(config, shapes)
+        ranks = rank.world_size // (
+            config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        )
+        every = [store for store in stores if store is not None]
+        open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)  # the budget fits
+        if training:
+            _claim(config, every[0])
+        return json.dumps([None if store is None else str(store.folder) for store in stores])
+
+    train, held_out = json.loads(from_first_rank(rank.rank, rank.world_size, first))
+    return Inputs(
+        shapes.policy, shapes.reference, GroupStore.open(train), GroupStore.open(held_out) if held_out else None
+    )
+
+
+def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | None]:
+    """The training store, and the held-out one where there is one."""
+    tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
+    check_vocabulary(tokenizer, shapes.policy.vocab_size)
+    check_hf(shapes.policy, _folder(config.model.path))
+    if config.objective.needs_reference and config.reference.path:
+        check_hf(shapes.reference, _folder(config.reference.path))
+    screen = Screen(Terminal(sys.__stdout__))
+
+    def store(name: str, sources: tuple[str, ...]) -> GroupStore:
+        with screen.task(f"{name}: rows", None) as task:
+            return prepare(sources, config.data, config.model.path, config.objective.responses, task.to)
+
+    train = store("data.train", config.data.train)
+    return train, store("data.eval", config.data.eval) if config.data.eval else None
+
+
+def _claim(config: Config, train: GroupStore) -> None:
+    run_dir = _folder(config.run_dir)
+    steps = run_length(config, len(train)).steps
+    if config.optimizer.warmup_steps is not None and config.optimizer.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps}: the run has only {steps} steps and would never "
+            "reach its learning rate; lower it, or use optimizer.warmup_ratio"
+        )
+    check_target(config)
+    identity.claim(run_dir, identity.of_run(config, train.digest))
+    write_run_files(run_dir, config)
+    keep_template(config, train.report.template)
+
+
+def _folder(path: str) -> Path:
+    return Path(path).expanduser()

@@ -1,0 +1,131 @@
+"""Compile every shipped kernel configuration for the GPUs in the list, without one, and print what came out as JSON.
+
+Run as a program of its own: TRITON_INTERPRET must not be set when Triton is imported.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import triton
+from megadpo_kernels import pairs_triton, prefix_triton, triton_kernels
+from megadpo_kernels.configs import shipped
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100, 120)
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+ALIGNED = [["tt.divisibility", 16]]
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its types and compile-time numbers."""
+
+    name: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    aligned: tuple[str, ...]
+
+
+def pointers(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), f"*{kind}")
+
+
+NUMBERS = {"multiplier": "fp32", "soft_cap": "fp32", "coolness": "fp32"}
+
+
+def variants() -> Iterator[Variant]:
+    """Types as torch gives them; `aligned` are the arguments that Triton finds divisible by 16 at run time."""
+    for row in shipped():
+        if row.kernel == "row_stats":
+            for capped, entropy in ((False, False), (True, True)):
+                types = pointers("logits stats", "fp32") | pointers("targets", "i64") | NUMBERS
+                types |= {"stride": "i32", "stats_stride": "i32", "columns": "i32"}
+                constants = {"BLOCK": row.block, "CAPPED": capped, "ENTROPY": entropy}
+                yield Variant("row_stats_kernel", types, constants, row.warps, ("logits", "stride"))
+        elif row.kernel == "slope":
+            for kind, capped, entropy in (
+                ("fp32", False, False), ("bf16", False, False), ("fp16", False, False), ("bf16", True, True),
+            ):  # fmt: skip
+                types = pointers("logits normaliser upstreams entropies", "fp32") | pointers("slopes", kind) | NUMBERS
+                types |= pointers("targets", "i64") | dict.fromkeys(
+                    ["stride", "slope_stride", "normaliser_stride", "upstream_stride", "columns"], "i32"
+                )
+                constants = {"BLOCK": row.block, "CAPPED": capped, "ENTROPY": entropy}
+                aligned = ("logits", "stride", "slopes", "slope_stride")
+                yield Variant("slope_kernel", types, constants, row.warps, aligned)
+        elif row.kernel == "combine":
+            for entropy in (False, True):
+                types = pointers("stats logprobs normaliser entropies", "fp32") | {"ranks": "i32", "rows": "i32"}
+                yield Variant("combine_kernel", types, {"BLOCK": row.block, "ENTROPY": entropy}, row.warps, ())
+        elif row.kernel == "prefix":
+            types = pointers("keys values new_keys new_values", "bf16") | pointers("cos sin", "fp32")
+            types |= pointers("rows places starts", "i64") | {"pairs": "i32"}
+            aligned = ("keys", "values", "new_keys", "new_values", "cos", "sin")
+            for name in ("duplicate_kernel", "add_copies_kernel"):
+                yield Variant(name, types, {"BLOCK": row.block, "HALF": 64}, row.warps, aligned)
+        elif row.kernel == "pair_loss":
+            types = pointers("policy reference sums slopes", "fp32")
+            types |= {"pairs": "i32", "beta": "fp32", "smoothing": "fp32"}
+            yield Variant("pair_loss_kernel", types, {"BLOCK": row.block}, row.warps, ())
+        elif row.kernel == "segment_sums":
+            types = pointers("values sums", "fp32") | pointers("ends", "i64")
+            yield Variant("segment_sums_kernel", types, {"BLOCK": row.block}, row.warps, ())
+        else:
+            raise AssertionError(f"configs.json names a kernel that is not compiled here: {row.kernel}")
+
+
+def kernel_named(name: str) -> Callable:
+    modules = (triton_kernels, prefix_triton, pairs_triton)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def build(job: tuple[Variant, int]) -> dict[str, Any]:
+    """Registers, stack, shared memory and the instructions that matter of one cubin."""
+    variant, architecture = job
+    kernel = kernel_named(variant.name)
+    order = {name: index for index, name in enumerate(kernel.arg_names)}
+    types = variant.types | dict.fromkeys(variant.constants, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types[name] for name in kernel.arg_names},
+        constexprs=variant.constants,
+        attrs={(order[name],): ALIGNED for name in variant.aligned},
+    )
+    # num_stages as at launch (not given there: the default)
+    built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = output("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = output("nvdisasm", "-c", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly)
+    return asdict(variant) | {
+        "architecture": architecture,
+        "registers": resources["REG"],
+        "stack": resources["STACK"] + resources.get("LOCAL", 0),
+        "shared": built.metadata.shared,
+        "opcodes": {opcode: opcodes.count(opcode) for opcode in sorted(set(opcodes))},
+        "ptx_rounding": sorted(set(re.findall(r"cvt\.r\w\.[\w.]*f16[\w.]*", built.asm["ptx"]))),
+    }
+
+
+def output(tool: str, *arguments: str) -> str:
+    return subprocess.run([os.path.join(TOOLS, tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    jobs = [(variant, architecture) for variant in variants() for architecture in ARCHITECTURES]
+    with ProcessPoolExecutor(2) as pool:
+        json.dump(list(pool.map(build, jobs)), sys.stdout)

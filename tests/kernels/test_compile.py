@@ -1,0 +1,75 @@
+"""Every shipped configuration compiles for every GPU in the list, without one, and what comes out is sound."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be compiled")
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory that one program may have."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "CUDA_VISIBLE_DEVICES": ""}
+    program = [sys.executable, str(HERE / "compile_kernels.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def name_of(kernel: dict[str, Any]) -> str:
+    return f"{kernel['name']} {kernel['constants']} sm_{kernel['architecture']}"
+
+
+def test_all_are_there(built: list[dict[str, Any]]) -> None:
+    assert {kernel["architecture"] for kernel in built} == {80, 90, 100, 120}
+    assert len({name_of(kernel) + str(kernel["types"]) for kernel in built}) == len(built)
+
+
+def test_no_spills_and_within_the_chip(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        assert kernel["stack"] == 0, name_of(kernel)
+        assert not {op for op in kernel["opcodes"] if op.startswith(("LDL", "STL"))}, name_of(kernel)
+        assert kernel["registers"] <= 255, name_of(kernel)
+        # 65536 registers on a multiprocessor: at least two programs at a time
+        assert kernel["registers"] * kernel["warps"] * 32 * 2 <= 65536, name_of(kernel)
+        assert kernel["shared"] <= SHARED_MEMORY[kernel["architecture"]], name_of(kernel)
+
+
+def test_no_atomics(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        assert not {op for op in kernel["opcodes"] if op.startswith(("ATOM", "RED."))}, name_of(kernel)
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        if kernel["name"] not in ("row_stats_kernel", "slope_kernel"):
+            continue
+        opcodes = kernel["opcodes"]
+        per_thread = kernel["constants"]["BLOCK"] // (kernel["warps"] * 32)
+        assert opcodes["LDG.E.128"] == per_thread // 4, name_of(kernel)
+        # what is left are scalars of the row: target (and its logit), normaliser, upstream gradient
+        narrow = sum(n for op, n in opcodes.items() if op.startswith("LDG") and op != "LDG.E.128")
+        assert narrow <= 6, name_of(kernel)
+        if kernel["name"] == "slope_kernel":
+            width = {"*fp32": 4, "*bf16": 2, "*fp16": 2}[kernel["types"]["slopes"]]
+            stores = {op: n for op, n in opcodes.items() if op.startswith("STG")}
+            assert stores == {"STG.E.128": per_thread * width // 16}, name_of(kernel)
+
+
+def test_slopes_are_rounded_to_nearest_and_wait_for_the_loads(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        if kernel["name"] == "slope_kernel":
+            assert kernel["opcodes"]["BAR.SYNC.DEFER_BLOCKING"] >= 1, name_of(kernel)
+            if kernel["types"]["slopes"] != "*fp32":
+                assert kernel["ptx_rounding"], name_of(kernel)
+                assert all(op.startswith("cvt.rn.") for op in kernel["ptx_rounding"]), name_of(kernel)

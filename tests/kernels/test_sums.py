@@ -1,0 +1,69 @@
+"""Sums of responses against float64, and the tables of block sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Place
+from megadpo_kernels import configs, response_sums
+from megadpo_kernels.configs import KernelConfig, choose
+from tune_kernels import candidates, merged, write_table
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 1, 130, 64, 0], [1000], [0], []], ids=str)
+def test_sums_and_gradients(lean: Place, lengths: list[int]) -> None:
+    """Empty responses and those of one token included; 1e-4 nats for up to a thousand tokens."""
+    generator = torch.Generator().manual_seed(0)
+    values = -5 * torch.rand(sum(lengths), generator=generator)
+    upstream = torch.randn(len(lengths), generator=generator)
+    x = values.to(lean.device).requires_grad_()
+    tokens = torch.tensor(lengths, dtype=torch.int64, device=lean.device)
+    sums = response_sums(x, tokens, lean.backend)
+    sums.backward(upstream.to(lean.device))
+    assert sums.dtype == torch.float32
+    want = torch.tensor([float(part.double().sum()) for part in values.detach().split(lengths)], dtype=torch.float64)
+    assert sums.shape == want.shape
+    assert (sums.detach().cpu() - want).abs().le(1e-4).all()
+    assert torch.equal(x.grad.cpu(), upstream.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)))
+
+
+def test_neighbours_do_not_change_a_sum(lean: Place) -> None:
+    values = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(lean.device)
+    alone = response_sums(values[37:167], torch.tensor([130], device=lean.device), lean.backend)
+    among = response_sums(values, torch.tensor([37, 130, 133], device=lean.device), lean.backend)
+    assert torch.equal(alone[0], among[1])
+
+
+TABLE = (
+    KernelConfig("slope", "any", 2**31 - 1, 4096, 8),
+    KernelConfig("slope", "any", 1000, 512, 4),
+    KernelConfig("slope", "sm_90", 20000, 2048, 4),
+    KernelConfig("other", "sm_90", 20000, 64, 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("arch", "length", "block"),
+    [("sm_80", 500, 512), ("sm_80", 5000, 4096), ("sm_90", 500, 2048), ("sm_90", 20000, 2048), ("sm_90", 20001, 4096)],
+)
+def test_the_architecture_comes_first_then_the_tightest_row(arch: str, length: int, block: int) -> None:
+    assert choose(TABLE, "slope", arch, length).block == block
+
+
+def test_the_shipped_table_has_a_row_for_everything() -> None:
+    rows = configs.shipped()
+    assert len(rows) == len(json.loads(Path(configs.TABLE).read_text()))
+    for kernel in {row.kernel for row in rows}:
+        assert choose(rows, kernel, "sm_75", 2**31 - 1).arch == "any"
+
+
+def test_tuning_adds_rows_that_are_read_back(tmp_path: Path) -> None:
+    better = KernelConfig("slope", "sm_90", 20000, 1024, 4)
+    table = merged(TABLE, [better])
+    assert len(table) == len(TABLE)
+    write_table(tmp_path / "table.json", table)
+    back = tuple(KernelConfig(**row) for row in json.loads((tmp_path / "table.json").read_text()))
+    assert choose(back, "slope", "sm_90", 500) == better
+    assert choose(back, "slope", "sm_80", 500).block == 512
+    assert all(4 <= row.block // (32 * row.warps) <= 32 for row in candidates("slope", "sm_90", 100))

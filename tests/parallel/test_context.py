@@ -1,0 +1,35 @@
+"""What rank 0 does for all: its text reaches every rank, and so does its mistake."""
+
+import time
+
+import pytest
+import torch
+from distributed import run_ranks
+
+from megadpo.errors import DataError, MachineError, MegadpoError
+from megadpo.parallel.context import from_first_rank
+
+
+def ask(device: torch.device, mistake: type[Exception] | None) -> str:
+    def work() -> str:
+        time.sleep(0.3)
+        if mistake is not None:
+            raise mistake("pairs.jsonl:3: not valid JSON")
+        return "made by rank 0"
+
+    try:
+        return from_first_rank(torch.distributed.get_rank(), torch.distributed.get_world_size(), work)
+    except (MegadpoError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_every_rank_gets_the_text() -> None:
+    assert run_ranks(3, ask, None) == ["made by rank 0"] * 3
+
+
+@pytest.mark.parametrize(("mistake", "others"), [(DataError, DataError), (KeyError, MachineError)])
+def test_every_rank_gets_the_mistake(mistake: type[Exception], others: type[Exception]) -> None:
+    first, *rest = run_ranks(3, ask, mistake)
+    assert first.startswith(f"{mistake.__name__}: ")
+    assert len(rest) == 2
+    assert all(said.startswith(f"{others.__name__}: ") and "pairs.jsonl:3" in said for said in rest)
