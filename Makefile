@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test lint parity clean
+.PHONY: help install demo test test-gpu test-long lint parity clean
 
 help:
 	@echo "make demo     the main job on this machine: a model, preferences, DPO on TP2 x PP2, export (no GPU needed)"
 	@echo "make test     lint, types, layers and all tests"
+	@echo "make test-gpu the tests that need a CUDA device (the others skip them)"
+	@echo "make test-long the tests that take minutes"
 	@echo "make lint     only lint, types and layers"
 	@echo "make parity   20 steps against TRL's DPOTrainer on six grids; needs ../shared"
 	@echo "make install  only make .venv"
@@ -26,6 +28,12 @@ demo: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+test-long: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

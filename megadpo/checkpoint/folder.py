@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,13 +64,23 @@ def begin(folder: Path) -> Path:
 
 def finish(partial: Path, folder: Path, saved: Saved) -> None:
     """Bring everything to the disk, then give the folder its name. One process."""
-    with storage_errors(partial):
+    with storage_errors(partial), removed_on_failure(partial):
         (partial / STATE).write_text(json.dumps(asdict(saved), indent=1))
         sync(partial)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
         _fsync(folder.parent)
+
+
+@contextmanager
+def removed_on_failure(folder: Path) -> Iterator[None]:
+    """A half-written folder is no use to anyone, and takes room on what may be a full disk."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def keep_newest(run_dir: Path, count: int) -> None:

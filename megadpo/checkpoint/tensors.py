@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megadpo.checkpoint.folder import (
     finish,
     keep_newest,
     read_state,
+    removed_on_failure,
 )
 from megadpo.errors import CheckpointError
 from megadpo.files import storage_errors
@@ -46,14 +46,13 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
     if context.is_first:
         partial = begin(folder)
     dist.barrier()
-    with settled(state.chunks), storage_errors(partial):
+    with settled(state.chunks), storage_errors(partial), removed_on_failure(partial):
         try:
             dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=METADATA)
         except (CheckpointException, CheckpointingException, RuntimeError) as error:
             # The writers are processes of Megatron-Core's; a full disk reaches us as text in their exception.
             for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 if f"[Errno {number}]" in str(error):
-                    shutil.rmtree(partial, ignore_errors=True)
                     raise OSError(number, os.strerror(number)) from error
             raise
     if context.is_first:

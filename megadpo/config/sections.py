@@ -94,8 +94,9 @@ class BatchConfig:
     micro_batch_size: int | None = None
     """Most groups in one micro-batch; as many as fit the token budget where not given."""
     micro_batch_tokens: int | None = None
-    """Token budget of a micro-batch: every micro-batch of the run is one stream of exactly so many tokens. Where
-    not given it is chosen from the data and written in the log."""
+    """Token budget of a micro-batch: on a GPU, and wherever there is a pipeline, every micro-batch of the run is one
+    stream of exactly so many tokens, padded where it is not full; on a CPU without a pipeline streams end after their
+    last group. Where not given it is chosen from the data and written in the log."""
     share_prompt: bool = True
     """A prompt stands once in the stream for all its responses. false: once for each; same numbers, more work."""
 

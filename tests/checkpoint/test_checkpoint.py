@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_named(case: Case, tmp_path: Path) -> None:
 
     [message] = run_ranks(1, load)
     assert str(folder) in message
-    assert "remove this folder" in message
+    assert "remove it to go on" in message
     assert "\n" not in message
 
 

@@ -120,6 +120,28 @@ def test_every_parameter_counts_its_own_steps(case: Case) -> None:
     assert all(keys == ["exp_avg", "exp_avg_sq"] for keys in states)
 
 
+def test_one_step_tensor_for_all_parameters(case: Case) -> None:
+    """S3, the fault: with torch's own AdamW, a load gives all parameters one `step` tensor, which each then raises."""
+
+    def look(device: torch.device) -> tuple[int, int]:
+        import megatron.core.optimizer as optimizers
+        import megatron.core.optimizer.distrib_optimizer as distributed
+
+        optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+        distributed.Adam, distributed.HAVE_APEX_OR_TE = torch.optim.Adam, False
+        distributed.USING_TE_OPTIMIZER = False
+        with grid(case.parallel, device, 0) as context:
+            state, _ = build(replace(case, distributed=True), context)
+            step_of_ones(state)
+            state.optimizer.load_state_dict(state.optimizer.state_dict())
+            states = state.optimizer.chained_optimizers[0].optimizer.state.values()
+            return len(states), len({id(x["step"]) for x in states})
+
+    [(parameters, steps)] = run_ranks(1, look)
+    assert parameters > 1
+    assert steps == 1, "the fault is gone from Megatron-Core: the guard can go too"
+
+
 def test_adam_against_torch() -> None:
     torch.manual_seed(0)
     start = torch.randn(50)
