@@ -11,7 +11,7 @@ import torch
 Backend = Literal["auto", "reference", "chunked", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 """reference: plain torch, all logits at once. chunked: torch, a few rows at a time. triton: the same with kernels.
-auto: triton on a GPU where Triton is installed, else chunked."""
+auto: chunked. Triton has not run on a device yet, so it is taken only where it is asked for by name."""
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -27,9 +27,9 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
     """Whether `backend` means Triton here. Raises ValueError where it is asked for and cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return device.type == "cuda" and triton_problem(device) is None
-    problem = triton_problem(device) if backend == "triton" else None
+    if backend != "triton":
+        return False
+    problem = triton_problem(device)
     if problem:
         raise ValueError(f"backend = triton on {device.type}: {problem}")
-    return backend == "triton"
+    return True

@@ -23,8 +23,8 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: nothing, the attention only, or every layer."""
     logprob_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
-    """Code of the head. auto: triton on a GPU where Triton is installed, else chunked. reference: plain torch that
-    holds the logits of a whole micro-batch, to compare with."""
+    """Code of the head. chunked: torch, a few rows at a time. triton: the same with kernels (not yet run on a device).
+    reference: plain torch that holds the logits of a whole micro-batch, to compare with. auto: chunked."""
 
 
 @dataclass(frozen=True)
