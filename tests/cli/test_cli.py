@@ -172,7 +172,7 @@ def test_prepare_and_inspect(shared, capsys):
     data = shared / "data" / "stories_pairs_eval.jsonl"
     settings = [f"model.path={shared / 'models' / 'stories260k'}", f"data.train={data}"]
     assert cli.main(["prepare", "run.yaml", *settings]) == 0
-    assert "68 rows read, 68 groups kept" in capsys.readouterr().out
+    assert "68 rows read as trl_standard, 68 groups kept" in capsys.readouterr().out
     assert cli.main(["inspect", "run.yaml", "--group", "3", *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = json.loads(data.read_text().splitlines()[3])
