@@ -1,6 +1,7 @@
 """Fixtures of the whole test tree."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,15 @@ import torch
 # Tests fork ranks from this process. A forked child that computes with several threads hangs in the thread pool that
 # its parent had, so this process must never start one.
 torch.set_num_threads(1)
+
+# Started in the background by a shell, this process would have these ignored, and so would the runs that tests stop.
+for signum, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGUSR1, signal.SIG_DFL),
+):
+    signal.signal(signum, handler)
 
 # Without a GPU, Triton's kernels are tested in its interpreter. Triton reads this when it is first imported.
 if not torch.cuda.is_available():
