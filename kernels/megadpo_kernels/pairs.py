@@ -14,6 +14,9 @@ from torch.nn.functional import logsigmoid
 
 from megadpo_kernels.backends import Backend, uses_triton
 
+TIE = 1e-4
+"""Nats between two log-ratios below which they count as equal: rounding, not a preference."""
+
 METRICS = 6
 """Sums over pairs: reward of the first response, of the second, their difference, pairs in the right order (a tie
 counts half), log-probability of the first response, of the second."""
@@ -32,7 +35,7 @@ def pair_loss(
     reward_G2 = beta * (policy_G2 - reference_S.view(-1, 2))
     margin_G = reward_G2[:, 0] - reward_G2[:, 1]
     loss_G = -(1 - smoothing) * logsigmoid(margin_G) - smoothing * logsigmoid(-margin_G)
-    right_G = (torch.sign(margin_G) + 1) / 2
+    right_G = torch.where(margin_G.abs() < TIE * beta, 0.5, (margin_G > 0).float())
     columns = (*reward_G2.unbind(1), margin_G, right_G, *policy_G2.unbind(1))
     return loss_G.sum(), torch.stack([column.sum() for column in columns]).detach()
 

@@ -42,7 +42,7 @@ def pair_loss_kernel(policy, reference, sums, slopes, pairs, beta, smoothing, BL
         loss -= tl.where(inside, (1 - smoothing) * right_log + smoothing * wrong_log, 0.0)
         reward0 += r0
         reward1 += r1
-        right += tl.where(inside, tl.where(margin > 0, 1.0, tl.where(margin == 0, 0.5, 0.0)), 0.0)
+        right += tl.where(inside, tl.where(tl.abs(margin) < 1e-4 * beta, 0.5, tl.where(margin > 0, 1.0, 0.0)), 0.0)
         policy0 += p0
         policy1 += p1
     tl.store(sums, tl.sum(loss, 0))
