@@ -119,9 +119,9 @@ def fit(
         stopping = context.any_rank(stop_requested())
         if _due(config.train.save_steps, state.step) and state.step < length.steps and not stopping:
             save()
+    save()
     if not stopping:
         held_out_metrics()
-    save()
     return not stopping
 
 

@@ -15,7 +15,7 @@ PLACES = [(device, backend) for device in ("cpu", "cuda") for backend in ("refer
 
 def place_of(device: str, backend: str) -> Place:
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU here: not measured")
+        pytest.skip("no GPU here: `make test-gpu` on a machine with one runs it")
     problem = triton_problem(torch.device(device)) if backend == "triton" else None
     if problem:
         pytest.skip(problem)

@@ -31,7 +31,7 @@ def compare(results: list[list[dict[str, Any]]], index: int, want: dict[str, Any
         assert got.groups == expected.groups
         assert got.tokens == expected.tokens
         assert got.loss == pytest.approx(expected.loss, rel=NOISE)
-        assert got.metrics == pytest.approx(expected.metrics, rel=NOISE, abs=2e-5)
+        assert got.metrics == pytest.approx(expected.metrics, rel=NOISE, abs=1e-5)
     assert ranks[0]["grad_norms"] == pytest.approx(want["grad_norms"], rel=NOISE)
     if want["column"] is not None:
         np.testing.assert_allclose(ranks[0]["column"], want["column"], atol=2e-5)
