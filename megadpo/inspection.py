@@ -73,7 +73,7 @@ def _which(text: str) -> tuple[int, int]:
 def _stream(config: Config) -> Stream:
     """The training stream as a run on this machine would have it, except for what only a launcher knows."""
     stores = [
-        prepare(sources, config.data, config.model.path, config.objective.responses)
+        prepare(sources, config.data, config.model.path, config.objective.responses, config.batch)
         for sources in (config.data.train, config.data.eval)
         if sources
     ]

@@ -416,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--response", type=int, default=128, help="mean tokens, for --compare (%(default)s)")
     parser.add_argument("--spread", type=float, default=0.6, help="deviation of log-lengths (%(default)s)")
     parser.add_argument("--max-length", type=int, default=1024, help="prompt + one response (%(default)s)")
-    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)

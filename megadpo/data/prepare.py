@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,13 @@ from megadpo.data.records import Dropped, Group, read_groups
 from megadpo.data.report import Tally
 from megadpo.data.sources import source_digest
 from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter
-from megadpo.data.tokenize import RULES, Tokenized
+from megadpo.data.tokenize import OVER_BUDGET, RULES, Limit, Tokenized
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import ConfigError, DataError
 from megadpo.files import storage_errors
 
 if TYPE_CHECKING:  # the run file's types bring torch with them, which tokenising processes do not need
-    from megadpo.config import DataConfig
+    from megadpo.config import BatchConfig, DataConfig
 
 
 def prepare(
@@ -32,33 +33,39 @@ def prepare(
     data: DataConfig,
     model_path: str,
     responses: int | None,
+    batch: BatchConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> GroupStore:
     """The store of `sources` under data.cache_dir; made now where it is not there yet.
 
-    responses: how many a group must have (None: any number). on_progress is told the rows done so far.
+    responses: how many a group must have (None: any number). batch: where it sets micro_batch_tokens, no group takes
+    more rows of a stream than that. on_progress is told the rows done so far.
     Several processes may prepare the same data at once. Raises DataError, TokenizerError, ConfigError,
     StorageError.
     """
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
-    folder = store_folder(sources, data, tokenizer, responses)
+    limit = Limit(data.max_length, data.truncation_mode)
+    if batch is not None and batch.micro_batch_tokens is not None:
+        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt)
+    folder = store_folder(sources, data, limit, tokenizer, responses)
     if (folder / HEADER_FILE).is_file():
         return GroupStore.open(folder)
     if data.max_length < 2:
         raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
-    _make(folder, sources, data, model_path, tokenizer, responses, on_progress)
+    _make(folder, sources, data, limit, model_path, tokenizer, responses, on_progress)
     return GroupStore.open(folder)
 
 
-def store_folder(sources: tuple[str, ...], data: DataConfig, tokenizer: Tokenizer, responses: int | None) -> Path:
+def store_folder(
+    sources: tuple[str, ...], data: DataConfig, limit: Limit, tokenizer: Tokenizer, responses: int | None
+) -> Path:
     """cache_dir/<digest of all that decides which ids come out, and of nothing else>."""
     decides = {
         "rules": RULES,
         "sources": [source_digest(source, data.split) for source in sources],
         "format": data.format,
         "tokenizer": tokenizer.digest,
-        "max_length": data.max_length,
-        "truncation_mode": data.truncation_mode,
+        "limit": asdict(limit),
         "responses": responses,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
@@ -69,6 +76,7 @@ def _make(
     folder: Path,
     sources: tuple[str, ...],
     data: DataConfig,
+    limit: Limit,
     model_path: str,
     tokenizer: Tokenizer,
     responses: int | None,
@@ -76,13 +84,7 @@ def _make(
 ) -> None:
     """Writes beside `folder` and renames at the end, so that `folder` is a whole store or is not there."""
     start = time.monotonic()
-    job = Job(
-        data.tokenizer or model_path,
-        data.chat_template,
-        tokenizer.digest,
-        data.max_length,
-        data.truncation_mode,
-    )
+    job = Job(data.tokenizer or model_path, data.chat_template, tokenizer.digest, limit)
     who = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     temporary = folder.with_name(f"{folder.name}.tmp-{who}")
     with storage_errors(temporary, "data.cache_dir"):
@@ -99,6 +101,12 @@ def _make(
             report = tally.report(tokenizer.template_source, time.monotonic() - start)
             if not report.groups:
                 raise DataError(f"{', '.join(sources)}: nothing to train on; {'; '.join(report.lines())}")
+            over = report.over_budget + report.dropped.get(OVER_BUDGET, 0)
+            if over > (report.groups + report.dropped.get(OVER_BUDGET, 0)) / 2:
+                raise ConfigError(
+                    f"batch.micro_batch_tokens = {limit.rows}: {over} of {report.rows_read} groups take more "
+                    "rows; raise it, leave it out (then the longest group fits), or lower data.max_length"
+                )
             writer.finish(report)
         _publish(temporary, folder)
     finally:

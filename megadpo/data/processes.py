@@ -15,7 +15,7 @@ from functools import cache
 from itertools import chain, islice
 
 from megadpo.data.records import Dropped, Group
-from megadpo.data.tokenize import Tokenized, tokenize_group
+from megadpo.data.tokenize import Limit, Tokenized, tokenize_group
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import MachineError, TokenizerError
 
@@ -35,8 +35,7 @@ class Job:
     tokenizer: str
     chat_template: str | None
     digest: str
-    max_length: int
-    truncation_mode: str
+    limit: Limit
 
 
 def tokenize_all(items: Iterator[Item], tokenizer: Tokenizer, job: Job, processes: int) -> Iterator[list[Outcome]]:
@@ -73,10 +72,7 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _tokenize_chunk(items: list[Item], tokenizer: Tokenizer, job: Job) -> list[Outcome]:
-    return [
-        item if isinstance(item, Dropped) else tokenize_group(item, tokenizer, job.max_length, job.truncation_mode)
-        for item in items
-    ]
+    return [item if isinstance(item, Dropped) else tokenize_group(item, tokenizer, job.limit) for item in items]
 
 
 def _start_process() -> None:

@@ -10,13 +10,17 @@ from megadpo.data.tokenize import Tokenized
 
 EXAMPLES = 3
 """Rows that are named for each reason."""
+CUT = "cut to length"
+CUT_TO_BUDGET = "cut to the token budget"
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What became of the rows. dropped: reason -> groups. examples: reason -> the first few origins.
+    """What became of the rows. dropped: reason -> groups. examples: reason (or CUT, CUT_TO_BUDGET) -> the first few
+    origins.
 
-    truncated: groups cut to max_length. responses_cut: those of them in which a response lost its end.
+    truncated: groups cut to a limit. responses_cut: those of them in which a response lost its end. over_budget: those
+    of them that were cut to batch.micro_batch_tokens.
     boundary_splits, headers_scored: see tokenize.Tokenized. template: where the chat template came from, or
     "none". formats: names of the record formats, in the order they were met.
     """
@@ -27,6 +31,7 @@ class PrepareReport:
     examples: dict[str, list[str]]
     truncated: int
     responses_cut: int
+    over_budget: int
     boundary_splits: int
     headers_scored: int
     template: str
@@ -40,12 +45,16 @@ class PrepareReport:
         if self.template != "none":
             lines.append(f"chat template: {self.template}")
         for reason, count in sorted(self.dropped.items(), key=lambda item: -item[1]):
-            named = ", ".join(self.examples[reason])
-            more = ", ..." if count > len(self.examples[reason]) else ""
-            lines.append(f"{count} dropped: {reason} ({named}{more})")
+            lines.append(f"{count} dropped: {reason} ({self._named(reason, count)})")
         if self.truncated:
             lines.append(
-                f"{self.truncated} groups cut to data.max_length, {self.responses_cut} of them at the end of a response"
+                f"{self.truncated} groups cut to length, {self.responses_cut} of them at the end of a response "
+                f"({self._named(CUT, self.truncated)})"
+            )
+        if self.over_budget:
+            lines.append(
+                f"{self.over_budget} of them cut to batch.micro_batch_tokens, the others to data.max_length "
+                f"({self._named(CUT_TO_BUDGET, self.over_budget)})"
             )
         if self.boundary_splits:
             lines.append(
@@ -58,6 +67,10 @@ class PrepareReport:
                 "chat template writes another one for generation"
             )
         return lines
+
+    def _named(self, reason: str, count: int) -> str:
+        named = self.examples[reason]
+        return ", ".join(named) + (", ..." if count > len(named) else "")
 
 
 class Tally:
@@ -77,16 +90,24 @@ class Tally:
         self.rows += 1
         if isinstance(outcome, Dropped):
             self._dropped[outcome.reason] += 1
-            named = self._examples.setdefault(outcome.reason, [])
-            if len(named) < EXAMPLES:
-                named.append(outcome.origin)
+            self._name(outcome.reason, outcome.origin)
             return
         self._counts["groups"] += 1
         self._counts["truncated"] += outcome.prompt_cut or outcome.responses_cut
         self._counts["responses_cut"] += outcome.responses_cut
+        self._counts["over_budget"] += outcome.for_budget
+        if outcome.prompt_cut or outcome.responses_cut:
+            self._name(CUT, outcome.group.origin)
+        if outcome.for_budget:
+            self._name(CUT_TO_BUDGET, outcome.group.origin)
         self._counts["boundary_splits"] += outcome.boundary_splits
         self._counts["headers_scored"] += outcome.header_scored
         self._counts["conversations"] += outcome.from_template
+
+    def _name(self, reason: str, origin: str) -> None:
+        named = self._examples.setdefault(reason, [])
+        if len(named) < EXAMPLES:
+            named.append(origin)
 
     def report(self, template: str, seconds: float) -> PrepareReport:
         return PrepareReport(
@@ -96,6 +117,7 @@ class Tally:
             examples=self._examples,
             truncated=self._counts["truncated"],
             responses_cut=self._counts["responses_cut"],
+            over_budget=self._counts["over_budget"],
             boundary_splits=self._counts["boundary_splits"],
             headers_scored=self._counts["headers_scored"],
             template=template if self._counts["conversations"] else "none",

@@ -22,18 +22,34 @@ import numpy.typing as npt
 from megadpo.data.records import Dropped, Group, LeaveOutError, Turn
 from megadpo.data.tokenizer import Tokenizer
 
-RULES = 2
+RULES = 3
 """Version of reading and tokenising, part of the name of every cached store: raise it when ids can change."""
 
 IDENTICAL = "all responses are identical"
-IDENTICAL_CUT = "all responses are identical once cut to data.max_length"
+IDENTICAL_CUT = "all responses are identical once cut to length"
 TOO_LONG = "longer than data.max_length"
+OVER_BUDGET = "takes more rows of the stream than batch.micro_batch_tokens"
 EOS_INSIDE = "a response has an end-of-sequence token before its end"
 BOS_INSIDE = "a response has a beginning-of-sequence token"
 SPECIAL_INSIDE = "a turn has a special token of the tokenizer written out in its text"
 NOT_CONTINUED = "the chat template writes the prompt otherwise once a response follows"
 NOT_VERBATIM = "the chat template does not write the response as it is"
 NO_BOUNDARY = "prompt and response cannot be told apart in tokens"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a group may be, and what becomes of one that is longer.
+
+    max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig. rows: most rows that
+    the whole group may take in a packed stream, if there is such a bound; share: whether its prompt stands there once
+    or once per response.
+    """
+
+    max_length: int
+    truncation_mode: str
+    rows: int | None = None
+    share: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +66,16 @@ class Tokenized:
     """A group and what had to be done to it.
 
     boundary_splits: responses whose first token would have been shared with the prompt. prompt_cut,
-    responses_cut: lost tokens to max_length. header_scored: the template's generation prompt is not how it
-    writes an answer, so the responses begin with the header of the assistant's turn. from_template: a
-    conversation.
+    responses_cut: lost tokens to a limit; for_budget: to the one of rows. header_scored: the template's generation
+    prompt is not how it writes an answer, so the responses begin with the header of the assistant's turn.
+    from_template: a conversation.
     """
 
     group: TokenizedGroup
     boundary_splits: int
     prompt_cut: bool
     responses_cut: bool
+    for_budget: bool
     header_scored: bool
     from_template: bool
 
@@ -73,8 +90,8 @@ class _Texts:
     header_scored: bool
 
 
-def tokenize_group(group: Group, tokenizer: Tokenizer, max_length: int, truncation_mode: str) -> Tokenized | Dropped:
-    """max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig."""
+def tokenize_group(group: Group, tokenizer: Tokenizer, limit: Limit) -> Tokenized | Dropped:
+    """The group's ids, or why it cannot be used."""
     try:
         texts = _texts(group, tokenizer)
         prompt = tokenizer.encode(texts.prompt, add_bos=True)
@@ -84,7 +101,8 @@ def tokenize_group(group: Group, tokenizer: Tokenizer, max_length: int, truncati
             raise LeaveOutError(IDENTICAL)
         # With nothing before it the first token of a response is predicted from the end of another text.
         prompt = prompt or [tokenizer.eos_id]
-        kept_prompt, kept = _cut(prompt, responses, max_length, truncation_mode, tokenizer.bos_id)
+        in_length = _cut(prompt, responses, limit, tokenizer.bos_id)
+        kept_prompt, kept = _cut_rows(*in_length, limit, tokenizer.bos_id)
         if len(kept) > 1 and _all_equal(kept):
             raise LeaveOutError(IDENTICAL_CUT)
     except LeaveOutError as reason:
@@ -94,6 +112,7 @@ def tokenize_group(group: Group, tokenizer: Tokenizer, max_length: int, truncati
         boundary_splits=sum(apart for _, apart in splits),
         prompt_cut=len(kept_prompt) < len(prompt),
         responses_cut=any(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True)),
+        for_budget=(kept_prompt, kept) != in_length,
         header_scored=texts.header_scored,
         from_template=not isinstance(group.prompt, str),
     )
@@ -169,21 +188,46 @@ def _response_ids(tokenizer: Tokenizer, texts: _Texts, prompt: list[int], respon
 
 
 def _cut(
-    prompt: list[int], responses: list[list[int]], max_length: int, truncation_mode: str, bos_id: int | None
+    prompt: list[int], responses: list[list[int]], limit: Limit, bos_id: int | None
 ) -> tuple[list[int], list[list[int]]]:
     """The prompt loses as little as lets the longest response in, down to one token; a BOS stays. What is
     still too long loses its end."""
     longest = max(len(ids) for ids in responses)
-    room = max(1, max_length - longest)
-    if len(prompt) <= room and len(prompt) + longest <= max_length:
+    if len(prompt) + longest <= limit.max_length:
         return prompt, responses
-    if truncation_mode == "drop":
+    if limit.truncation_mode == "drop":
         raise LeaveOutError(TOO_LONG)
-    if len(prompt) > room:
-        start = prompt[:1] if prompt[0] == bos_id else []
-        tail = prompt[len(prompt) - (room - len(start)) :]
-        prompt = prompt[:room] if truncation_mode == "keep_start" else start + tail
-    return prompt, [ids[: max_length - len(prompt)] for ids in responses]
+    prompt = _shorten(prompt, max(1, limit.max_length - longest), limit.truncation_mode, bos_id)
+    return prompt, [ids[: limit.max_length - len(prompt)] for ids in responses]
+
+
+def _cut_rows(
+    prompt: list[int], responses: list[list[int]], limit: Limit, bos_id: int | None
+) -> tuple[list[int], list[list[int]]]:
+    """The same for the rows of the whole group: the prompt first, then the ends of the longest responses. The prompt's
+    last token takes no row of its own (data/batch.py)."""
+    copies = 1 if limit.share else len(responses)
+    scored = sum(len(ids) for ids in responses)
+    if limit.rows is None or copies * (len(prompt) - 1) + scored <= limit.rows:
+        return prompt, responses
+    if limit.truncation_mode == "drop" or len(responses) > limit.rows:
+        raise LeaveOutError(OVER_BUDGET)
+    prompt = _shorten(prompt, 1 + max(0, limit.rows - scored) // copies, limit.truncation_mode, bos_id)
+    room = limit.rows - copies * (len(prompt) - 1)
+    most = max(len(ids) for ids in responses)
+    while sum(min(len(ids), most) for ids in responses) > room:
+        most -= 1
+    return prompt, [ids[:most] for ids in responses]
+
+
+def _shorten(prompt: list[int], room: int, truncation_mode: str, bos_id: int | None) -> list[int]:
+    """At most `room` tokens (at least 1) of the prompt."""
+    if len(prompt) <= room:
+        return prompt
+    if truncation_mode == "keep_start":
+        return prompt[:room]
+    start = prompt[:1] if prompt[0] == bos_id else []
+    return start + prompt[len(prompt) - (room - len(start)) :]
 
 
 def _all_equal(responses: Sequence[list[int]]) -> bool:

@@ -99,7 +99,7 @@ def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | N
 
     def store(name: str, sources: tuple[str, ...]) -> GroupStore:
         with screen.task(f"{name}: rows", None) as task:
-            return prepare(sources, config.data, config.model.path, config.objective.responses, task.to)
+            return prepare(sources, config.data, config.model.path, config.objective.responses, config.batch, task.to)
 
     train = store("data.train", config.data.train)
     return train, store("data.eval", config.data.eval) if config.data.eval else None

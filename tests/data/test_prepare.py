@@ -16,12 +16,14 @@ import pytest
 from chat_templates import CHATML
 from vocabularies import byte_level, metaspace_bpe, save, sentencepiece_model
 
-from megadpo.config import DataConfig
+from megadpo.config import BatchConfig, DataConfig
 from megadpo.data import prepare as room
 from megadpo.data import processes
 from megadpo.data import store as store_room
+from megadpo.data.batch import stream_tokens
 from megadpo.data.prepare import prepare, store_folder
 from megadpo.data.store import GroupStore
+from megadpo.data.tokenize import OVER_BUDGET, Limit
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError, DataError, MachineError, StorageError, TokenizerError
 
@@ -106,6 +108,24 @@ def test_truncation_and_boundaries_are_counted(data: DataConfig, model: str, tmp
     assert dropped.dropped == {"longer than data.max_length": 2}
 
 
+def test_no_group_is_over_a_given_budget(data: DataConfig, model: str, tmp_path: Path) -> None:
+    """Cut or dropped by truncation_mode, counted and named, whatever the layout; far too small a budget is an error."""
+    rows = [pair(number) for number in range(4)] + [pair(5) | {"prompt": "The cat" * 40}]
+    source = (write(tmp_path / "long.jsonl", rows),)
+    whole = prepare(source, data, model, 2)
+    usual = int(stream_tokens(whole, share=False)[:4].max())
+    for share in (True, False):
+        batch = BatchConfig(micro_batch_tokens=usual, share_prompt=share)
+        cut = prepare(source, data, model, 2, batch)
+        assert stream_tokens(cut, share).max() <= usual < stream_tokens(whole, share).max()
+        assert (len(cut), cut.report.over_budget, cut.report.responses_cut) == (5, 1, 0)
+        assert any("batch.micro_batch_tokens" in line and "long.jsonl:5" in line for line in cut.report.lines())
+    dropped = prepare(source, replace(data, truncation_mode="drop"), model, 2, batch)
+    assert (len(dropped), dropped.report.dropped) == (4, {OVER_BUDGET: 1})
+    with pytest.raises(ConfigError, match=r"micro_batch_tokens = 4: 5 of 5 groups take more rows"):
+        prepare(source, data, model, 2, BatchConfig(micro_batch_tokens=4))
+
+
 def test_conversations_name_their_template(data: DataConfig, model: str, tmp_path: Path) -> None:
     source = write(tmp_path / "chat.jsonl", [chat(1), chat(2)])
     assert prepare((source,), data, model, 2).report.template == "ChatML, as the model has no template"
@@ -164,7 +184,7 @@ def test_bare_sentencepiece_gives_the_same_tokens(shared: Path, data: DataConfig
 
 def key(data: DataConfig, model: str, responses: int | None = 2) -> str:
     tokenizer = load_tokenizer(data.tokenizer or model, data.chat_template)
-    return store_folder(data.train, data, tokenizer, responses).name
+    return store_folder(data.train, data, Limit(data.max_length, data.truncation_mode), tokenizer, responses).name
 
 
 def edit(path: Path, old: str, new: str) -> None:

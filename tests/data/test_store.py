@@ -16,9 +16,15 @@ REPORT = PrepareReport(
     rows_read=9,
     groups=7,
     dropped={"too odd": 4, "too even": 1},
-    examples={"too odd": ["a:1", "a:3", "a:5"], "too even": ["a:2"]},
+    examples={
+        "too odd": ["a:1", "a:3", "a:5"],
+        "too even": ["a:2"],
+        "cut to length": ["a:7", "a:8"],
+        "cut to the token budget": ["a:8"],
+    },
     truncated=2,
     responses_cut=1,
+    over_budget=1,
     boundary_splits=3,
     headers_scored=0,
     template="ChatML",
@@ -230,6 +236,7 @@ def test_report_lines() -> None:
     assert lines[0] == "9 rows read as trl_standard, 7 groups kept, in 1.2 s"
     assert "4 dropped: too odd (a:1, a:3, a:5, ...)" in lines
     assert "1 dropped: too even (a:2)" in lines
-    assert any(line.startswith("2 groups cut to data.max_length, 1 of them") for line in lines)
+    assert "2 groups cut to length, 1 of them at the end of a response (a:7, a:8)" in lines
+    assert "1 of them cut to batch.micro_batch_tokens, the others to data.max_length (a:8)" in lines
     assert any(line.startswith("3 responses tokenised apart") for line in lines)
     assert "chat template: ChatML" in lines

@@ -18,7 +18,7 @@ from vocabularies import FAMILIES, byte_level, metaspace_bpe, save
 from megadpo.data import tokenize
 from megadpo.data.records import Dropped, Group, Turn
 from megadpo.data.template import ChatTemplate
-from megadpo.data.tokenize import Tokenized, TokenizedGroup, tokenize_group
+from megadpo.data.tokenize import Limit, Tokenized, TokenizedGroup, tokenize_group
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import TokenizerError
 
@@ -53,13 +53,13 @@ def kept(result: Tokenized | Dropped) -> TokenizedGroup:
 
 
 def run(tokenizer: Tokenizer, prompt: str, *responses: str, length: int = 10_000, mode: str = "keep_end") -> Tokenized:
-    result = tokenize_group(Group("row", prompt, responses), tokenizer, length, mode)
+    result = tokenize_group(Group("row", prompt, responses), tokenizer, Limit(length, mode))
     assert isinstance(result, Tokenized), result
     return result
 
 
 def reason(tokenizer: Tokenizer, group: Group, length: int = 10_000, mode: str = "keep_end") -> str:
-    result = tokenize_group(group, tokenizer, length, mode)
+    result = tokenize_group(group, tokenizer, Limit(length, mode))
     assert isinstance(result, Dropped), result
     return result.reason
 
@@ -173,7 +173,7 @@ def test_traps_5_and_6_one_bos_one_eos(name: str, family: Callable[[str], Tokeni
     groups = [
         run(tokenizer, "The cat", " sat.", " went.").group,
         run(tokenizer, "", "The cat", "The mat").group,
-        kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, 10_000, "keep_end")),
+        kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, Limit(10_000, "keep_end"))),
     ]
     if tokenizer.bos_id is not None:
         groups.append(run(tokenizer, "<s>The cat", " sat.</s>", " went.").group)
@@ -193,9 +193,9 @@ def test_traps_5_and_6_one_bos_one_eos(name: str, family: Callable[[str], Tokeni
 def test_trap_5_template_that_writes_bos(tmp_path: Path) -> None:
     folder = save(metaspace_bpe(legacy=False), tmp_path, bos="<s>", unk="<unk>", adds_bos=True)
     writes = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
-    with_bos = kept(tokenize_group(Group("row", ASK, (YES,)), load(folder, writes), 99, "keep_end"))
+    with_bos = kept(tokenize_group(Group("row", ASK, (YES,)), load(folder, writes), Limit(99, "keep_end")))
     without = writes.replace("{{ bos_token }}", "")
-    added = kept(tokenize_group(Group("row", ASK, (YES,)), load(folder, without), 99, "keep_end"))
+    added = kept(tokenize_group(Group("row", ASK, (YES,)), load(folder, without), Limit(99, "keep_end")))
     assert with_bos.prompt_ids.tolist().count(1) == added.prompt_ids.tolist().count(1) == 1
     assert with_bos.prompt_ids[0] == added.prompt_ids[0] == 1
 
@@ -269,7 +269,7 @@ def test_traps_10_and_11_length(name: str, mode: str, family: Callable[[str], To
     for prompt_words, chosen_words, rejected_words, length in product((0, 1, 9), (1, 4), (1, 14), (2, 3, 8, 20, 99)):
         texts = (words * prompt_words, words * chosen_words, " no" + words * rejected_words)
         whole = run(tokenizer, *texts).group
-        result = tokenize_group(Group("row", texts[0], texts[1:]), tokenizer, length, mode)
+        result = tokenize_group(Group("row", texts[0], texts[1:]), tokenizer, Limit(length, mode))
         longest = max(len(ids) for ids in whole.response_ids)
         fits = len(whole.prompt_ids) + longest <= length
         if mode == "drop" and not fits:
@@ -294,6 +294,40 @@ def test_traps_10_and_11_length(name: str, mode: str, family: Callable[[str], To
             assert ids.tolist() == full[: length - wanted].tolist()
         assert result.prompt_cut == (wanted < len(whole.prompt_ids))
         assert result.responses_cut == (longest > length - wanted)
+
+
+@pytest.mark.parametrize("mode", ["keep_end", "keep_start", "drop"])
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_of_the_whole_group(mode: str, share: bool, family: Callable[[str], Tokenizer]) -> None:
+    """A group over the token budget loses prompt tokens, then the ends of its longest responses, and no more."""
+    tokenizer = family("sentencepiece_bpe")
+    words = " cat sat mat ball red"
+    for prompt_words, first, second, rows in product((0, 1, 9), (1, 4), (1, 14), (1, 2, 3, 9, 24, 60, 300)):
+        texts = (words * prompt_words, words * first, " no" + words * second)
+        whole = run(tokenizer, *texts).group
+        result = tokenize_group(Group("row", texts[0], texts[1:]), tokenizer, Limit(10_000, mode, rows, share))
+        scored, copies = sum(len(ids) for ids in whole.response_ids), 1 if share else 2
+        fits = copies * (len(whole.prompt_ids) - 1) + scored <= rows
+        if not fits and (mode == "drop" or rows < 2):
+            assert isinstance(result, Dropped)
+            assert result.reason == tokenize.OVER_BUDGET
+            continue
+        if isinstance(result, Dropped):
+            assert result.reason == tokenize.IDENTICAL_CUT
+            continue
+        prompt, responses = len(result.group.prompt_ids), [len(ids) for ids in result.group.response_ids]
+        assert prompt == min(len(whole.prompt_ids), 1 + max(0, rows - scored) // copies)
+        used = copies * (prompt - 1) + sum(responses)
+        assert min(responses) >= 1
+        assert used <= rows
+        if sum(responses) < scored:  # all that are cut are equally long; one more row for each would not fit
+            most = max(responses)
+            lengths = [len(ids) for ids in whole.response_ids]
+            assert responses == [min(length, most) for length in lengths]
+            assert used + sum(length > most for length in lengths) > rows
+        for ids, full in zip(result.group.response_ids, whole.response_ids, strict=True):
+            assert ids.tolist() == full[: len(ids)].tolist()
+        assert result.for_budget == (not fits)
 
 
 def test_trap_9_exact_fit_loses_nothing(family: Callable[[str], Tokenizer]) -> None:
@@ -323,7 +357,7 @@ def test_identical(family: Callable[[str], Tokenizer]) -> None:
     long = " the mat and the ball"
     cut = reason(tokenizer, Group("row", "The", (long * 9 + " x", long * 9 + " y")), length=20)
     assert cut == tokenize.IDENTICAL_CUT
-    assert isinstance(tokenize_group(Group("row", "The", (" cat",)), tokenizer, 99, "drop"), Tokenized)
+    assert isinstance(tokenize_group(Group("row", "The", (" cat",)), tokenizer, Limit(99, "drop")), Tokenized)
 
 
 # 12 and 13: templates --------------------------------------------------------------------------------------
@@ -356,7 +390,7 @@ def test_traps_12_and_13_templates(name: str, chat: str, chat_folder: Path) -> N
     """The text is transformers' text, and prompt + response is the whole conversation up to the end of the
     turn."""
     tokenizer = load(chat_folder, TEMPLATES[name])
-    result = tokenize_group(Group("row", CHATS[chat], (YES, NO)), tokenizer, 10_000, "keep_end")
+    result = tokenize_group(Group("row", CHATS[chat], (YES, NO)), tokenizer, Limit(10_000, "keep_end"))
     if chat == "system" and name in REFUSES_SYSTEM:
         assert isinstance(result, Dropped)
         assert "refuses the conversation" in result.reason
@@ -379,7 +413,7 @@ def test_traps_12_and_13_templates(name: str, chat: str, chat_folder: Path) -> N
 
 def test_trap_12_default_system_prompt_stands_once(chat_folder: Path) -> None:
     tokenizer = load(chat_folder, DEFAULT_SYSTEM)
-    group = kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, 999, "keep_end"))
+    group = kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, Limit(999, "keep_end")))
     assert text_of(tokenizer, [*group.prompt_ids, *group.response_ids[0]]).count("Be kind.") == 1
 
 
@@ -392,7 +426,7 @@ def test_trap_13_generation_prompt_that_no_answer_has(chat_folder: Path) -> None
     """The template lets generation begin with <think>, but writes answers without: the turn's header is
     scored."""
     thinks = CHATML.replace("{% if add_generation_prompt %}\n", "{% if add_generation_prompt %}\n<think>")
-    result = tokenize_group(Group("row", ASK, (YES, NO)), load(chat_folder, thinks), 999, "keep_end")
+    result = tokenize_group(Group("row", ASK, (YES, NO)), load(chat_folder, thinks), Limit(999, "keep_end"))
     assert isinstance(result, Tokenized)
     assert result.header_scored
     assert result.group.response_ids[0][0] == 3  # <|im_start|>
@@ -404,7 +438,7 @@ def test_trap_13_template_that_drops_part_of_the_answer(chat_folder: Path) -> No
     thought = (Turn("assistant", "<think>Lily?</think>That is all."),)
     tokenizer = load(chat_folder, forgets)
     assert reason(tokenizer, Group("row", ASK, (YES, thought))) == tokenize.NOT_VERBATIM
-    assert isinstance(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, 999, "drop"), Tokenized)
+    assert isinstance(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, Limit(999, "drop")), Tokenized)
 
 
 # <s> ▁ < | im _ st ar t | > u s er \n
@@ -437,9 +471,9 @@ GOLDEN_RESPONSES = [
 def test_trap_13_golden_ids(shared: Path) -> None:
     """Real tokenizer, ChatML. <|im_end|> is no token there, so turns end with EOS."""
     tokenizer = load_tokenizer(str(shared / "models" / "stories260k"), None)
-    group = kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, 999, "keep_end"))
+    group = kept(tokenize_group(Group("row", ASK, (YES, NO)), tokenizer, Limit(999, "keep_end")))
     bare = load_tokenizer(str(shared / "models" / "stories260k" / "tokenizer.model"), None)
-    again = kept(tokenize_group(Group("row", ASK, (YES, NO)), bare, 999, "keep_end"))
+    again = kept(tokenize_group(Group("row", ASK, (YES, NO)), bare, Limit(999, "keep_end")))
     for made in (group, again):
         assert made.prompt_ids.tolist() == GOLDEN_PROMPT
         assert [ids.tolist() for ids in made.response_ids] == GOLDEN_RESPONSES

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "wrong type": (settings("batch.global_batch_size=many"), r"global_batch_size"),
     "heads": (settings("parallel.tensor_model_parallel_size=3"), r"tensor_model_parallel_size = 3.*fit.*1, 2, 4"),
     "stages": (settings("parallel.pipeline_model_parallel_size=6"), r"6 stages for 5 layers"),
-    "too small a budget": (settings("batch.micro_batch_tokens=8"), r"the longest group takes \d+ tokens; raise it to"),
+    "too small a budget": (settings("batch.micro_batch_tokens=8"), r"micro_batch_tokens = 8: \d+ of \d+ groups"),
     "model folder": (settings("model.path=/nowhere/model"), r"/nowhere/model"),
     "no weights": (no_weights, r"safetensors"),
     "cut-off weights": (cut_off, r"model\.safetensors"),
