@@ -96,7 +96,8 @@ class BatchConfig:
     micro_batch_tokens: int | None = None
     """Token budget of a micro-batch: on a GPU, and wherever there is a pipeline, every micro-batch of the run is one
     stream of exactly so many tokens, padded where it is not full; on a CPU without a pipeline streams end after their
-    last group. Where not given it is chosen from the data and written in the log."""
+    last group. A group that takes more is cut or dropped by data.truncation_mode. Where not given it is chosen from the
+    data, never below the longest group, and written in the log."""
     share_prompt: bool = True
     """A prompt stands once in the stream for all its responses. false: once for each; same numbers, more work."""
 

@@ -33,11 +33,13 @@ class Setting:
     """By transformers: per response of the store its tokens' log-probabilities."""
 
 
-@pytest.fixture(scope="module", params=[1, 2, 5])
+@pytest.fixture(scope="module", params=["1", "2", "2 tied", "5"])
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    """4 layers, 4 heads on 2 groups, biases, an odd vocabulary; a prompt and responses of one token."""
-    folder = write_llama(tmp_path_factory.mktemp("llama"), layers=4, vocab=VOCAB, bias=True)
-    store = random_groups(9, vocab=VOCAB, responses=request.param)
+    """4 layers, 4 heads on 2 groups, biases, an odd vocabulary; a prompt and responses of one token. The parameter: how
+    many responses, and whether embedding and head are tied."""
+    responses, _, tied = request.param.partition(" ")
+    folder = write_llama(tmp_path_factory.mktemp("llama"), layers=4, vocab=VOCAB, bias=True, tied=bool(tied))
+    store = random_groups(9, vocab=VOCAB, responses=int(responses))
     return Setting(Case(folder, store, budget=Budget(64)), outside(folder, store)[0])
 
 
