@@ -114,7 +114,7 @@ class GroupStore:
         return group_key(self.group(number))
 
     def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
-        """Keep the log-probabilities (nats, float32 [S]) of all responses under the reference `digest`."""
+        """Keep the responses' log-probabilities under the reference `digest`: nats, float32 [S], NaN where unknown."""
         if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
             raise ValueError(f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
         values = np.ascontiguousarray(logps_S)
@@ -134,7 +134,7 @@ class GroupStore:
                 temporary.unlink(missing_ok=True)
 
     def reference(self, digest: str) -> npt.NDArray[np.float32] | None:
-        """float32 [S], or None where no column was written for `digest`. Raises StorageError where the
+        """float32 [S] (NaN: not known), or None where no column was written for `digest`. Raises StorageError where the
         column is damaged or was made for other tokens."""
         path = self._reference_file(digest)
         if not path.is_file():

@@ -67,6 +67,12 @@ class Stream:
         """int64 [count]: store numbers of the next groups; independent of the grid."""
         return take(len(self.store), consumed, count, self.seed, self.shuffle)
 
+    def groups_within(self, count: int | None) -> np.ndarray:
+        """int64, ascending: the groups among the first `count` of a run; None: all."""
+        if count is None or count >= len(self.store):
+            return np.arange(len(self.store))
+        return np.sort(self.next_groups(0, count))
+
     def bins(self, groups: np.ndarray) -> list[list[Bin]]:
         """For each rank its micro-batches, as tuples of store numbers."""
         dealt = deal(self.tokens_G[groups], self.cost_G[groups], self.budget, self.ranks, self.multiple)

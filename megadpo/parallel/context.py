@@ -71,6 +71,11 @@ class ParallelContext:
             dist.broadcast(values, src=dist.get_process_group_ranks(self.groups.pp)[-1], group=self.groups.pp)
         return values
 
+    def from_first(self, values: torch.Tensor) -> torch.Tensor:
+        """The first rank's values, in place on every rank."""
+        torch.distributed.broadcast(values, 0)
+        return values
+
     def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of the world."""
         seen = torch.tensor([float(flag)], device=self.device)

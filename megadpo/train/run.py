@@ -30,7 +30,7 @@ from megadpo.train.export import export, export_target
 from megadpo.train.inputs import Inputs, read_inputs, read_shapes
 from megadpo.train.loop import Scored, fit, groups_per_pass, run_length
 from megadpo.train.optimizer import build_optimizer, wrap
-from megadpo.train.score import check_column, reference_digest, score_groups
+from megadpo.train.score import check_column, fill_column, known_groups, reference_digest, score_groups, stored_column
 from megadpo.train.state import TrainState
 
 
@@ -59,7 +59,9 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     streams = _streams(config, inputs.stores, inputs, context)
     log.banner(_banner(config, inputs, streams[0], context))
     policy = _load(config, inputs.shape, config.model.path, context)
-    scored, reference = _with_reference(config, inputs, streams, policy, context, log)
+    length = run_length(config, len(inputs.train))
+    used = [streams[0].groups_within(length.groups), *(stream.groups_within(None) for stream in streams[1:])]
+    scored, reference = _with_reference(config, inputs, streams, used, policy, context, log)
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
     newest = checkpoint.latest(Path(config.run_dir).expanduser())
@@ -91,13 +93,15 @@ def _with_reference(
     config: Config,
     inputs: Inputs,
     streams: list[Stream],
+    used: list[np.ndarray],
     policy: list[Policy],
     context: ParallelContext,
     log: RunLog,
 ) -> tuple[list[Scored], list[Policy] | None]:
     """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
 
-    The policy has its initial weights here, so it serves as its own reference where no other is named.
+    used: the groups of each stream that are needed. The policy has its initial weights here, so it serves as its own
+    reference where no other is named.
     """
     if not config.objective.needs_reference:
         return [Scored(stream, None) for stream in streams], None
@@ -105,7 +109,11 @@ def _with_reference(
         return [Scored(stream, None) for stream in streams], _reference_model(config, inputs, context)
     chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
     weights = weights_digest(Path(config.reference.path or config.model.path).expanduser())
-    return [_scored(config, stream, chunks, weights, context, log) for stream in streams], None
+    scored = [
+        _scored(config, stream, groups, chunks, weights, context, log)
+        for stream, groups in zip(streams, used, strict=True)
+    ]
+    return scored, None
 
 
 def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
@@ -117,28 +125,33 @@ def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -
 
 
 def _scored(
-    config: Config, stream: Stream, chunks: list[Policy], weights: str, context: ParallelContext, log: RunLog
+    config: Config,
+    stream: Stream,
+    groups: np.ndarray,
+    chunks: list[Policy],
+    weights: str,
+    context: ParallelContext,
+    log: RunLog,
 ) -> Scored:
+    """The stream with the reference's log-probabilities of `groups`, as far as they are not known yet."""
     store = stream.store
     digest = reference_digest(weights, store.digest, config.model.dtype)
-    known = store.reference(digest)
-    # All ranks must take the same branch, and the file may appear between two looks at it.
-    if context.any_rank(known is None):
-        with log.phase("reference log-probabilities", len(store)) as progress:
-            column = score_groups(chunks, stream, np.arange(len(store)), groups_per_pass(config), context, progress)
-        if context.is_first:
-            store.write_reference(digest, column)
-        return Scored(stream, column)
-    assert known is not None
-    some = np.unique(np.linspace(0, len(store) - 1, min(config.reference.check_groups, len(store))).astype(int))
+    per_pass = groups_per_pass(config)
+    column = stored_column(store, digest, context)
+    is_known = known_groups(column, stream)[groups]
+    known, missing = groups[is_known], groups[~is_known]
+    some = known[np.unique(np.linspace(0, len(known) - 1, min(config.reference.check_groups, len(known))).astype(int))]
     if len(some):
-        fresh = score_groups(chunks, stream, some, groups_per_pass(config), context, lambda done: None)
-        difference = check_column(known, stream, config.model.dtype, fresh)
+        fresh = score_groups(chunks, stream, some, per_pass, context, lambda done: None)
+        difference = check_column(column, stream, config.model.dtype, fresh)
         log.line(
-            f"reference log-probabilities: those of {len(store)} groups are known from an earlier run; "
+            f"reference log-probabilities: those of {len(known)} groups are known from an earlier run; "
             f"{len(some)} groups computed again differ by at most {difference:.1e} nats"
         )
-    return Scored(stream, known)
+    if len(missing):
+        with log.phase("reference log-probabilities", len(missing)) as progress:
+            fill_column(column, missing, digest, chunks, stream, per_pass, context, progress)
+    return Scored(stream, column)
 
 
 def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelContext) -> list[str]:
@@ -196,7 +209,8 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> in
     ):
         streams = _streams(config, inputs.stores[1:], inputs, context)
         policy = _load(config, inputs.shape, config.model.path, context)
-        [held_out], reference = _with_reference(config, inputs, streams, policy, context, log)
+        used = [stream.groups_within(None) for stream in streams]
+        [held_out], reference = _with_reference(config, inputs, streams, used, policy, context, log)
         step = checkpoint.load_weights(policy, folder).step if folder else 0
         sums = evaluate(
             policy,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream
 from megadpo.errors import NumericsError
 from megadpo.parallel.context import ParallelContext
@@ -16,6 +18,9 @@ from megadpo.train.step import score
 
 CODE_VERSION = 1
 """Raise where a change of the forward pass could move reference log-probabilities."""
+
+WRITE_EVERY = 60.0
+"""Seconds between two writes of a column that is being filled."""
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats by which a recomputed response may differ from the stored one, per 100 tokens. Other packing and other grids
@@ -25,6 +30,52 @@ give other roundings; another model or another text gives whole nats."""
 def reference_digest(weights: str, store: str, dtype: str) -> str:
     """What a column depends on. `weights` and `store` are digests; tokenizer and template are in the store's."""
     return hashlib.sha256(f"{CODE_VERSION}:{weights}:{store}:{dtype}".encode()).hexdigest()[:32]
+
+
+def stored_column(store: GroupStore, digest: str, context: ParallelContext) -> np.ndarray:
+    """float32 [S], NaN where a response was never scored. As the first rank sees it: the file may grow meanwhile."""
+    known = store.reference(digest)
+    if known is None:
+        known = np.full(len(store.response_lengths), np.nan, dtype=np.float32)
+    return context.from_first(torch.from_numpy(known).to(context.device)).cpu().numpy()
+
+
+def fill_column(
+    column: np.ndarray,
+    groups: np.ndarray,
+    digest: str,
+    chunks: Sequence[Any],
+    stream: Stream,
+    per_pass: int,
+    context: ParallelContext,
+    progress: Callable[[int], None],
+) -> None:
+    """Score `groups` into the column, which is written now and then, so that a run that is stopped loses little.
+
+    Raises NumericsError where a log-probability is not finite; it names the group's row.
+    """
+    written = time.monotonic()
+    for start in range(0, len(groups), per_pass):
+        part = groups[start : start + per_pass]
+        fresh = score_groups(chunks, stream, part, per_pass, context, lambda done: None)
+        of_part = _responses(stream, part).numpy()
+        if not np.isfinite(fresh[of_part]).all():
+            bad = next(g for g in part if not np.isfinite(fresh[_responses(stream, [g]).numpy()]).all())
+            raise NumericsError(
+                f"the reference gives {stream.store.group(int(bad)).origin} a log-probability that is not finite: its "
+                "weights, or that row, are damaged"
+            )
+        column[of_part] = fresh[of_part]
+        done = min(start + per_pass, len(groups))
+        if context.is_first and (done == len(groups) or time.monotonic() - written > WRITE_EVERY):
+            stream.store.write_reference(digest, column)
+            written = time.monotonic()
+        progress(done)
+
+
+def known_groups(column: np.ndarray, stream: Stream) -> np.ndarray:
+    """bool [G of the store]: whether all responses of a group are in the column."""
+    return np.bitwise_and.reduceat(~np.isnan(column), stream.store.offsets[:-1])
 
 
 def score_groups(

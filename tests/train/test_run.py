@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from megadpo import checkpoint
 from megadpo.cli import main
+from megadpo.data.store import GroupStore
 
 
 def run_file(folder: Path, shared: Path, **sections: Any) -> Path:
@@ -165,8 +167,35 @@ def test_the_reference_column_is_used_again_and_checked(
     before = column.stat().st_mtime_ns
     capfd.readouterr()
     assert main(["train", str(path), f"run_dir={tmp_path / 'second'}"]) == 0
-    assert "known from an earlier run" in capfd.readouterr().out
+    assert "those of 8 groups are known from an earlier run" in capfd.readouterr().out
     assert column.stat().st_mtime_ns == before
+
+
+def test_a_longer_run_scores_only_what_is_missing(
+    tmp_path: Path, shared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run of 1 step needs 8 groups of the 600; one of 3 steps 16 more, and gives what it gives by itself."""
+    path = run_file(tmp_path, shared, train={"max_steps": 3}, parallel={"tensor_model_parallel_size": 1})
+    assert main(["train", str(path), "train.max_steps=1", f"run_dir={tmp_path / 'short'}"]) == 0
+    [folder] = (tmp_path / "cache").iterdir()
+    [column] = folder.glob("reference-*")
+    digest = column.name.removeprefix("reference-").removesuffix(".arrow")
+    short = GroupStore.open(folder).reference(digest)
+    assert short is not None
+    assert int((~np.isnan(short)).sum()) == 16
+    capfd.readouterr()
+    assert main(["train", str(path)]) == 0
+    out = capfd.readouterr().out
+    assert "those of 8 groups are known from an earlier run" in out
+    assert "reference log-probabilities 16/16" in out
+    longer = GroupStore.open(folder).reference(digest)
+    assert longer is not None
+    assert int((~np.isnan(longer)).sum()) == 48
+    assert np.array_equal(longer[~np.isnan(short)], short[~np.isnan(short)])
+    column.unlink()
+    assert main(["train", str(path), f"run_dir={tmp_path / 'alone'}"]) == 0
+    for one, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "alone"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
 def test_resident_reference_gives_the_same_run(tmp_path: Path, shared: Path) -> None:
