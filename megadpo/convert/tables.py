@@ -76,8 +76,8 @@ class MegatronTensor:
 
 
 def sizes(shape: ModelShape) -> dict[str, int]:
-    """Letters of `Weight.axes`: V vocabulary, D hidden, F MLP, Q all query heads, QKV queries, keys and
-    values.
+    """Letters of `Weight.axes`: V vocabulary, D hidden, F MLP, W one head, Q all query heads, K all key heads,
+    QKV queries, keys and values.
     """
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
@@ -85,7 +85,9 @@ def sizes(shape: ModelShape) -> dict[str, int]:
         "V": shape.vocab_size,
         "D": shape.hidden_size,
         "F": shape.ffn_hidden_size,
+        "W": shape.kv_channels,
         "Q": queries,
+        "K": keys,
         "QKV": queries + 2 * keys,
     }
 

@@ -1,7 +1,6 @@
 """config.json: what is read from it, and what is refused because it would not be carried exactly."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 from megadpo.convert.families import megatron_tensors, read_shape
 from megadpo.convert.families.llama import WEIGHTS
 from megadpo.convert.hf_files import HFFiles
-from megadpo.convert.shape import RopeScaling
+from megadpo.convert.shape import ModelShape, RopeScaling
 from megadpo.convert.tables import hf_shapes
 from megadpo.errors import ModelError
 
@@ -197,21 +196,21 @@ def test_every_row_of_the_table_is_used() -> None:
 def test_real_folder(shared: Path) -> None:
     folder = shared / "models" / "stories260k"
     shape, config = read_shape(folder), AutoConfig.from_pretrained(folder)
-    assert asdict(shape) == {
-        "family": "llama",
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_key_value_heads,
-        "kv_channels": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "layernorm_epsilon": config.rms_norm_eps,
-        "rotary_base": config.rope_parameters["rope_theta"],
-        "rope_scaling": None,
-        "tied": True,
-        "qkv_bias": False,
-        "proj_bias": False,
-        "mlp_bias": False,
-    }
+    assert shape == ModelShape(
+        family="llama",
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        layernorm_epsilon=config.rms_norm_eps,
+        rotary_base=config.rope_parameters["rope_theta"],
+        rope_scaling=None,
+        tied=True,
+        qkv_bias=False,
+        proj_bias=False,
+        mlp_bias=False,
+    )
