@@ -62,20 +62,28 @@ class ConfigJson:
         given = "is missing" if value is None else f"is {json.dumps(value)[:200]}"
         return ModelError(f"{self.path}: {field} {given}; supported: {supported}")
 
-    def integer(self, field: str, default: int | None = None, at_most: int = LARGEST) -> int:
-        """A whole number from 1 to `at_most`; `default` where the field is absent, an error where there is
+    def integer(self, field: str, default: int | None = None, at_most: int = LARGEST, least: int = 1) -> int:
+        """A whole number from `least` to `at_most`; `default` where the field is absent, an error where there is
         none.
         """
         value = self.get(field)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= at_most:
-            raise self.wrong(field, f"a whole number from 1 to {at_most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= at_most:
+            raise self.wrong(field, f"a whole number from {least} to {at_most}")
         return value
 
-    def number(self, field: str) -> float:
-        """A positive number."""
+    def number_or_null(self, field: str, absent: float | None) -> float | None:
+        """A positive number, or None where the field is null; `absent` where it is not there at all."""
+        if field not in self.values:
+            return absent
+        return None if self.get(field) is None else self.number(field)
+
+    def number(self, field: str, default: float | None = None) -> float:
+        """A positive number; `default` where the field is absent, an error where there is none."""
         value = self.get(field)
+        if value is None and default is not None:
+            return default
         if not positive(value):
             raise self.wrong(field, "a positive number")
         return float(value)

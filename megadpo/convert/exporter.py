@@ -15,7 +15,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -175,16 +175,21 @@ def _shards(sources: Sequence[Source], item_bytes: int, limit: int) -> dict[str,
     """Files by name. What Megatron keeps as one tensor stays in one file."""
     files: list[list[Source]] = [[]]
     size = 0
-    for source in sources:
-        count = source.values * item_bytes
+    for group in _sharing(sources):
+        count = sum(source.values for source in group) * item_bytes
         if files[-1] and size + count > limit:
             files.append([])
             size = 0
-        files[-1].append(source)
+        files[-1].extend(group)
         size += count
     if len(files) == 1:
         return {WHOLE: files[0]}
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+
+def _sharing(sources: Sequence[Source]) -> list[list[Source]]:
+    """Neighbours that are parts of the same Hugging Face tensor together, all others alone."""
+    return [list(group) for _, group in groupby(sources, key=lambda source: source.tensor.rows[0].name)]
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -213,7 +218,7 @@ def _write_shard(
     report: Callable[[int], None],
 ) -> None:
     """One safetensors file, tensor by tensor: length of the header, header as JSON, data."""
-    shapes = {name: dims for source in sources for name, dims in hf_shapes(source.tensor).items()}
+    shapes = hf_shapes(*(source.tensor for source in sources))
     ends = list(accumulate(prod(dims) * dtype.itemsize for dims in shapes.values()))
     header: dict = {"__metadata__": {"format": "pt"}}
     for (name, dims), start, end in zip(shapes.items(), [0, *ends], ends, strict=False):
@@ -222,26 +227,28 @@ def _write_shard(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for source in sources:
-            for tensor in _hf_tensors(source, dtype, checkpoint):
+        for group in _sharing(sources):
+            for tensor in _hf_tensors(group, dtype, checkpoint):
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
                 report(tensor.nbytes)
 
 
-def _hf_tensors(source: Source, dtype: torch.dtype, checkpoint: TorchDist) -> Iterator[Tensor]:
-    """The Hugging Face tensors of one Megatron tensor, contiguous, in the order of `hf_shapes`."""
-    whole = checkpoint.read(source.key, source.start, source.size).view(source.tensor.shape)
-    for name, dims in hf_shapes(source.tensor).items():
-        if len(source.tensor.rows) == 1:
-            values = whole.to(dtype)
+def _hf_tensors(sources: list[Source], dtype: torch.dtype, checkpoint: TorchDist) -> Iterator[Tensor]:
+    """The Hugging Face tensors that these are all the parts of, contiguous, in the order of `hf_shapes`."""
+    parts = [(x.tensor, checkpoint.read(x.key, x.start, x.size).view(x.tensor.shape)) for x in sources]
+    for name, dims in hf_shapes(*(tensor for tensor, _ in parts)).items():
+        if len(parts) == len(parts[0][0].rows) == 1:
+            values = parts[0][1].to(dtype)
         else:
-            values, at = torch.empty(dims, dtype=dtype), 0
-            for rows in source.tensor.rows:
-                if rows.name == name:
-                    values[rows.start : rows.start + rows.count] = whole[at : at + rows.count]
-                at += rows.count
+            values = torch.empty(dims, dtype=dtype)
+            for tensor, whole in parts:
+                ends = accumulate(rows.count for rows in tensor.rows)
+                for rows, end in zip(tensor.rows, ends, strict=True):
+                    if rows.name == name:
+                        values[rows.start : rows.start + rows.count] = whole[end - rows.count : end]
         if not all_finite(values):
-            reason = "" if not all_finite(whole) else f" as {CODES[dtype]}, whose range is too small; use bfloat16"
+            stored = all(all_finite(whole) for _, whole in parts)
+            reason = f" as {CODES[dtype]}, whose range is too small; use bfloat16" if stored else ""
             raise CheckpointError(f"{checkpoint.folder}: {name} has NaN or Inf{reason}; nothing was exported")
         yield values
 

@@ -27,7 +27,7 @@ def check_hf(shape: ModelShape, folder: str | Path) -> None:
     dtype, or names the file that is missing, cut off or damaged.
     """
     files = HFFiles(folder)
-    wanted = _hf_shapes(megatron_tensors(shape))
+    wanted = hf_shapes(*megatron_tensors(shape).values())
     files.check_duplicates()
     files.check(wanted, wanted, _ignored(shape))
 
@@ -47,8 +47,8 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
         raise KeyError(f"the table of family {shape.family} has no row for the parameters {unknown}")
     for piece in pieces:
         _same_size(piece, tensors[piece.key])
-    mine = _hf_shapes({piece.key: tensors[piece.key] for piece in pieces})
-    files.check(_hf_shapes(tensors), mine, _ignored(shape))
+    mine = hf_shapes(*(tensors[piece.key] for piece in pieces))
+    files.check(hf_shapes(*tensors.values()), mine, _ignored(shape))
     for piece in pieces:
         _fill(piece, tensors[piece.key], files)
         _compare_tied(piece, tensors[piece.key], files, shape)
@@ -56,10 +56,6 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
     owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
     if filled != owned:
         raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
-
-
-def _hf_shapes(tensors: dict[str, MegatronTensor]) -> dict[str, tuple[int, ...]]:
-    return {name: dims for tensor in tensors.values() for name, dims in hf_shapes(tensor).items()}
 
 
 def _ignored(shape: ModelShape) -> str:

@@ -23,15 +23,18 @@ class Weight:
 
     megatron: checkpoint key; {layer} is the layer's number from 0. Gate is spelled weight_w, up weight_v
     (bias_*).
-    hf: Hugging Face name; {qkv} stands for the three tensors q, k and v.
+    hf: Hugging Face name; {qkv} stands for the three tensors q, k and v. Without it, a weight whose first axis is
+    QKV is one tensor there, too: all queries, all keys, all values.
     axes: size of each axis of the Megatron tensor, as letters of `sizes`.
     when: whether a model of this shape has the weight.
+    start: where its rows start in the Hugging Face tensor, as a letter of `sizes`; two weights may share one.
     """
 
     megatron: str
     hf: str
     axes: str
     when: Callable[[ModelShape], bool] = lambda shape: True
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def expand(weights: tuple[Weight, ...], shape: ModelShape) -> dict[str, Megatron
             key, name = (x.replace("{layer}", str(layer)) for x in (weight.megatron, weight.hf))
             axes = weight.axes.split()
             dims = tuple(size[axis] for axis in axes)
-            rows = _interleaved(name, shape) if "{qkv}" in name else (Rows(name, 0, dims[0]),)
+            start = size[weight.start] if weight.start else 0
+            rows = _interleaved(name, shape) if axes[0] == "QKV" else (Rows(name, start, dims[0]),)
             tensors[key] = MegatronTensor(key, dims, rows, padded=axes[0] == "V")
     return tensors
 
@@ -112,20 +116,24 @@ def _interleaved(name: str, shape: ModelShape) -> tuple[Rows, ...]:
     head = shape.kv_channels
     queries = shape.num_attention_heads // shape.num_query_groups * head
     q, k, v = (name.replace("{qkv}", x) for x in "qkv")
+    all_queries, all_keys = shape.num_query_groups * queries, shape.num_query_groups * head
+    k_start, v_start = (0, 0) if k != v else (all_queries, all_queries + all_keys)
     return tuple(
         rows
         for group in range(shape.num_query_groups)
         for rows in (
             Rows(q, group * queries, queries),
-            Rows(k, group * head, head),
-            Rows(v, group * head, head),
+            Rows(k, k_start + group * head, head),
+            Rows(v, v_start + group * head, head),
         )
     )
 
 
-def hf_shapes(tensor: MegatronTensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of the Hugging Face tensors that one Megatron tensor is made of."""
-    heights: dict[str, int] = {}
-    for rows in tensor.rows:
-        heights[rows.name] = max(heights.get(rows.name, 0), rows.start + rows.count)
-    return {name: (height, *tensor.shape[1:]) for name, height in heights.items()}
+def hf_shapes(*tensors: MegatronTensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of the Hugging Face tensors that Megatron tensors are made of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in tensors:
+        for rows in tensor.rows:
+            height = max(shapes.get(rows.name, (0,))[0], rows.start + rows.count)
+            shapes[rows.name] = (height, *tensor.shape[1:])
+    return shapes

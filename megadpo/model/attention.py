@@ -1,10 +1,15 @@
-"""Core attention over a packed stream: every segment sees its group's prompt and itself, and nothing else.
+"""Core attention over a packed stream: every segment sees its group's prompt and itself, and nothing else. In layers
+with a window it sees the last so many of those rows: a segment's rows follow the prompt's in position, too.
 
 Three back ends behind one module. All give the same numbers; none is quadratic in the stream where groups are short.
 
-* sdpa: torch's scaled_dot_product_attention, a call per segment. Every device and dtype.
+* sdpa: torch's scaled_dot_product_attention, a call per segment. Every device and dtype. With a soft cap on scores,
+  which no fused kernel of torch or Transformer Engine has, the same written out.
 * varlen: torch's own variable-length flash attention, one call. CUDA, 16-bit.
 * te: Transformer Engine's DotProductAttention in its packed (thd) format, one call. CUDA, 16-bit.
+
+Windows run in sdpa and varlen only: flash attention aligns a window at the bottom right of every segment, as the layout
+below needs it; of Transformer Engine's kernels that is not known for segments of different lengths.
 
 For the last two, prompts' keys and values are gathered once per response, so that segment i has cu_keys[i + 1] -
 cu_keys[i] keys that end where its queries end: causal, aligned at the bottom right.
@@ -12,7 +17,8 @@ cu_keys[i] keys that end where its queries end: causal, aligned at the bottom ri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch, Segment
 from megadpo.parallel import mcore_fixes
 
@@ -55,35 +62,39 @@ class StreamParams(PackedSeqParams):
     """
 
     segments: tuple[Segment, ...] = ()
-    masks: tuple[Tensor | None, ...] = ()
-    """sdpa: per segment bool [queries, keys], True where attended; None where plain causal is meant."""
+    masks: dict[int | None, tuple[Tensor | None, ...]] = field(default_factory=dict)
+    """sdpa: by window (None: no window) and segment bool [queries, keys], True where attended; None where plain causal
+    is meant."""
     varlen: Varlen | None = None
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest that is there: Transformer Engine's, else torch's variable-length kernel, else sdpa."""
-    if device.type != "cuda" or dtype == torch.float32:
+def choose_backend(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> Backend:
+    """The fastest that is there and computes this model exactly."""
+    if device.type != "cuda" or dtype == torch.float32 or shape.scores.soft_cap:
         return "sdpa"
-    return "te" if mcore_fixes.have_te() else "varlen"
+    return "te" if mcore_fixes.have_te() and not shape.window else "varlen"
 
 
-def stream_params(batch: PackedBatch, backend: Backend) -> StreamParams:
-    """What the back end needs of a micro-batch, made once; every layer uses it."""
+def stream_params(batch: PackedBatch, backend: Backend, window: int | None = None) -> StreamParams:
+    """What the back end needs of a micro-batch, made once; every layer uses it. window: that of the layers that have
+    one."""
     device = batch.tokens_T.device
     if backend == "sdpa":
-        masks = tuple(_mask(segment, device) for segment in batch.segments)
+        masks = {size: tuple(_mask(segment, size, device) for segment in batch.segments) for size in {None, window}}
         return StreamParams(qkv_format="sbhd", segments=batch.segments, masks=masks)
     layout = varlen_layout(batch.segments, len(batch.tokens_T), device)
     return StreamParams(qkv_format="sbhd", segments=batch.segments, varlen=layout)
 
 
-def _mask(segment: Segment, device: torch.device) -> Tensor | None:
-    """Bottom-right causal where there is a prompt in front."""
+def _mask(segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """Bottom-right causal where there is a prompt in front; with a window, the last `window` keys of those."""
     queries = segment.end - segment.start
     prefix = segment.prefix_end - segment.prefix_start
-    if prefix == 0:
+    short = window is None or prefix + queries <= window
+    if prefix == 0 and short:
         return None
-    return torch.ones(queries, prefix + queries, dtype=torch.bool, device=device).tril(prefix)
+    mask = torch.ones(queries, prefix + queries, dtype=torch.bool, device=device).tril(prefix)
+    return mask if short or window is None else mask.triu(prefix - window + 1)
 
 
 def varlen_layout(segments: tuple[Segment, ...], length: int, device: torch.device) -> Varlen:
@@ -115,14 +126,21 @@ class SegmentAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
+        shape: ModelShape,
         backend: Backend = "sdpa",
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
+        """layer_number: over all pipeline stages, from 1. softmax_scale: None for 1 / sqrt(W)."""
         super().__init__(config=config)
         self.backend = backend
         self.softmax_scale = softmax_scale
+        self.soft_cap = shape.scores.soft_cap
+        windowed = shape.window is not None and shape.window.layers[layer_number - 1]
+        self.window = shape.window.size if shape.window is not None and windowed else None
+        assert backend == "sdpa" or not self.soft_cap, f"{backend} attention has no soft cap"
+        assert backend != "te" or not self.window, "windows run in sdpa and varlen attention"
         if backend == "te":
             self.te = _transformer_engine(config, layer_number, softmax_scale)
 
@@ -139,7 +157,9 @@ class SegmentAttention(MegatronModule):
         """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]."""
         assert packed_seq_params is not None
         if self.backend == "sdpa":
-            output = sdpa(query, key, value, packed_seq_params, self.softmax_scale)
+            masks = packed_seq_params.masks[self.window]
+            segments = zip(packed_seq_params.segments, masks, strict=True)
+            output = sdpa(query, key, value, segments, self.softmax_scale, self.soft_cap)
         else:
             layout = packed_seq_params.varlen
             assert layout is not None
@@ -160,7 +180,8 @@ class SegmentAttention(MegatronModule):
             layout.longest_query,
             layout.longest_key,
             scale=self.softmax_scale,
-            window_size=(-1, 0),  # causal; flash attention aligns it at the bottom right
+            # causal; flash attention aligns it at the bottom right, and does not count the token itself
+            window_size=(self.window - 1 if self.window else -1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
         )
         assert isinstance(output, Tensor)
@@ -198,27 +219,50 @@ def _transformer_engine(config: TransformerConfig, layer_number: int, softmax_sc
     )
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, params: StreamParams, scale: float | None) -> Tensor:
-    """[T, 1, H, W] and twice [T, 1, query groups, W] -> [T, 1, H, W]; padding rows give 0."""
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Iterable[tuple[Segment, Tensor | None]],
+    scale: float | None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """[T, 1, H, W] and twice [T, 1, query groups, W] -> [T, 1, H, W]; padding rows give 0. segments: with their masks,
+    as in StreamParams."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, T, W]
     outputs = []
     covered = 0
-    for segment, mask in zip(params.segments, params.masks, strict=True):
+    for segment, mask in segments:
         covered = segment.end
-        output = scaled_dot_product_attention(
-            q[:, :, segment.start : segment.end],
-            _with_prompt(k, segment),
-            _with_prompt(v, segment),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        own = q[:, :, segment.start : segment.end]
+        if soft_cap:
+            output = _capped(own, _with_prompt(k, segment), _with_prompt(v, segment), mask, scale, soft_cap)
+        else:
+            output = scaled_dot_product_attention(
+                own,
+                _with_prompt(k, segment),
+                _with_prompt(v, segment),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         outputs.append(output)
     if covered < query.shape[0]:
         # zero, but part of the graph: a micro-batch without a single group must still reach every parameter
         outputs.append(q[:, :, covered:] * 0)
     return torch.cat(outputs, 2).permute(2, 0, 1, 3)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, soft_cap: float) -> Tensor:
+    """Attention with scores soft_cap * tanh(scale * q k / soft_cap), these and the softmax in float32 (Gemma 2,
+    2408.00118, section 2). [1, H, Q, W] and twice [1, query groups, K, W] -> [1, H, Q, W]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def _with_prompt(x: Tensor, segment: Segment) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megadpo_kernels import Backend as LogprobBackend
 from megadpo_kernels import triton_problem
-from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -15,15 +15,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import ModelShape
-from megadpo.errors import MachineError
+from megadpo.errors import MachineError, ModelError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
+from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
-from megadpo.model.rope import inverse_frequencies
+from megadpo.model.rope import TwoBaseAttention, inverse_frequencies, softmax_scale
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext
 
@@ -80,7 +82,11 @@ def transformer_config(
         layernorm_epsilon=shape.layernorm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=ACTIVATIONS[shape.activation],
+        layernorm_zero_centered_gamma=shape.norms.zero_centred,
+        # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
+        qk_layernorm=shape.norms.queries_keys == "head",
+        softmax_scale=softmax_scale(shape),
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
@@ -96,7 +102,7 @@ def transformer_config(
         use_cpu_initialization=not on_gpu,
         # "tokens" is what the objective counts: the sum of gradients is divided once, by the global count
         calculate_per_token_loss=True,
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and shape.activation == "silu",
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         apply_rope_fusion=on_gpu and te,
@@ -106,15 +112,6 @@ def transformer_config(
     )
     mcore_fixes.refuse(config)
     return config
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm as Megatron-Core builds norms, with the mark that makes its gradient summed over tensor-parallel
-    ranks under sequence parallelism (Megatron-Core's own wrapper refuses that combination)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def with_bias(layer: type) -> type:
@@ -128,27 +125,52 @@ def with_bias(layer: type) -> type:
     return WithBias
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (1606.08415, section 2)."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": gelu_tanh}
+
+
 def block_spec(
-    config: TransformerConfig, shape: ModelShape, stage: int | None, attention_backend: Backend
+    config: TransformerConfig,
+    shape: ModelShape,
+    stage: int | None,
+    attention_backend: Backend,
+    context: ParallelContext,
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
-    if mcore_fixes.have_te():
-        layer = get_gpt_layer_with_transformer_engine_spec()
-        final_norm = TENorm
-    else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = SequenceParallelRMSNorm
-        layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
-        final_norm = SequenceParallelRMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(SegmentAttention, params={"backend": attention_backend})
+    te = mcore_fixes.have_te()
+    layer = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec(normalization="RMSNorm")
+    norm = TENorm if te else RMSNorm
+    attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
+    linear = attention.submodules
+    linear.core_attention = ModuleSpec(SegmentAttention, params={"shape": shape, "backend": attention_backend})
+    if shape.local_rotary_base is not None and shape.window is not None:
+        attention.module = TwoBaseAttention
+        attention.params = {**attention.params, "layers": shape.window.layers}
+    if not shape.norms.before:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+        if te:  # whose usual ones begin with the norm
+            linear.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+    elif not te:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    if shape.norms.queries_keys == "head":
+        linear.q_layernorm = linear.k_layernorm = norm
+    elif shape.norms.queries_keys == "projection":
+        group = context.groups.tp
+        linear.q_layernorm = ModuleSpec(ProjectionNorm, params={"heads": shape.num_attention_heads, "group": group})
+        linear.k_layernorm = ModuleSpec(ProjectionNorm, params={"heads": shape.num_query_groups, "group": group})
     if shape.proj_bias:
-        attention.linear_proj = with_bias(attention.linear_proj)
+        linear.linear_proj = with_bias(linear.linear_proj)
     if shape.mlp_bias:
-        mlp = layer.submodules.mlp.submodules
         mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
+    if shape.norms.after:
+        linear.linear_proj = with_norm_after(linear.linear_proj, norm)
+        mlp.linear_fc2 = with_norm_after(mlp.linear_fc2, norm)
     layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
 def mark_tensor_parallel(chunk: Policy) -> None:
@@ -159,6 +181,8 @@ def mark_tensor_parallel(chunk: Policy) -> None:
             _mark(module.weight, dim=0)
         elif isinstance(module, RowParallelLinear):
             _mark(module.weight, dim=1)
+        elif isinstance(module, ProjectionNorm):
+            _mark(module.weight, dim=0)
 
 
 def _mark(weight: torch.nn.Parameter, dim: int) -> None:
@@ -176,28 +200,35 @@ def build_chunks(
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    Raises MachineError where the log-probability back end cannot run on this device.
+    Raises MachineError where the log-probability back end cannot run on this device, ModelError where the model does
+    not fit the grid.
     """
     problem = triton_problem(context.device) if logprob_backend == "triton" else None
     if problem:
         raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
     config = transformer_config(shape, parallel, dtype, recompute, context.device)
-    backend = choose_backend(context.device, DTYPES[dtype])
+    if shape.norms.queries_keys == "projection" and shape.num_query_groups % context.tensor_size:
+        raise ModelError(
+            f"parallel.tensor_model_parallel_size = {context.tensor_size}: a {shape.family} model with "
+            f"num_key_value_heads {shape.num_query_groups} has a norm over all keys; use a divisor of that number"
+        )
+    backend = choose_backend(context.device, DTYPES[dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend),
+            block_spec(config, shape, stage, backend, context),
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,
             post_process=last,
             share_embeddings_and_output_weights=shape.tied,
             position_embedding_type="rope",
+            rotary_percent=shape.rotary_percent,
             rotary_base=int(shape.rotary_base),
             pg_collection=context.groups,
             vp_stage=stage,
-            valid_vocab=shape.vocab_size,
+            shape=shape,
             attention=backend,
             logprob_backend=logprob_backend,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megadpo_kernels import Backend, VocabShard, linear_logprob
+from megadpo_kernels import Backend, LogitOptions, VocabShard, linear_logprob
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
@@ -17,9 +17,12 @@ class LogprobHead(ColumnParallelLinear):
     sequence parallelism, sums the input gradient over the tensor-parallel ranks, adds the weight's to `main_grad`.
     """
 
-    def __init__(self, *args: Any, valid_vocab: int, logprob_backend: Backend, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, valid_vocab: int, logprob_backend: Backend, options: LogitOptions, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.valid_vocab = valid_vocab
+        self.options = options
         self.logprob_backend = logprob_backend
 
     def forward(self, hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, weight: Tensor | None) -> Tensor:
@@ -32,5 +35,11 @@ class LogprobHead(ColumnParallelLinear):
         start = self.tp_group.rank() * weight_VD.shape[0]
         shard = VocabShard(start, self.valid_vocab, self.tp_group, self.sequence_parallel)
         return linear_logprob(
-            hidden_TD.flatten(0, 1), weight_VD, targets_N, shard, rows_N=rows_N, backend=self.logprob_backend
+            hidden_TD.flatten(0, 1),
+            weight_VD,
+            targets_N,
+            shard,
+            rows_N=rows_N,
+            options=self.options,
+            backend=self.logprob_backend,
         )

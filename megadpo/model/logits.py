@@ -38,7 +38,9 @@ def text_logits(policy: Policy, ids: Sequence[int], context: ParallelContext) ->
         hidden_TD = _joined(hidden_TD, context, axis=0)
     tied = policy.tied_weight()
     part = hidden_TD[: len(ids)] @ (policy.output_layer.weight if tied is None else tied).t()
-    return _joined(part, context, axis=1)[:, : policy.valid_vocab].float()
+    logits = _joined(part, context, axis=1)[:, : policy.shape.vocab_size].float()
+    cap = policy.shape.logit_soft_cap
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _joined(part: Tensor, context: ParallelContext, axis: int) -> Tensor:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megadpo_kernels import Backend as LogprobBackend
+from megadpo_kernels import LogitOptions
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.attention import Backend, stream_params
 from megadpo.model.head import LogprobHead
+from megadpo.model.rope import angles, local_frequencies
 
 
 class Policy(GPTModel):
@@ -20,12 +24,17 @@ class Policy(GPTModel):
     """
 
     def __init__(
-        self, *args: Any, valid_vocab: int, attention: Backend, logprob_backend: LogprobBackend, **kwargs: Any
+        self, *args: Any, shape: ModelShape, attention: Backend, logprob_backend: LogprobBackend, **kwargs: Any
     ) -> None:
-        self.valid_vocab = valid_vocab
+        self.shape = shape
         self.logprob_backend = logprob_backend
         self.attention = attention
         super().__init__(*args, **kwargs)
+        scale = shape.embedding_scale
+        # such a family rounds the number to the model's dtype first
+        self.embedding_scale = None if scale is None else float(torch.tensor(scale, dtype=self.config.params_dtype))
+        local = local_frequencies(shape)
+        self.local_frequencies = None if local is None else local.to(self.rotary_pos_emb.inv_freq.device)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Called by GPTModel's constructor once embedding and output layer stand; here the head takes its place, so
@@ -39,8 +48,9 @@ class Policy(GPTModel):
                 bias=False,
                 skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
                 tp_group=self.pg_collection.tp,
-                valid_vocab=self.valid_vocab,
+                valid_vocab=self.shape.vocab_size,
                 logprob_backend=self.logprob_backend,
+                options=LogitOptions(soft_cap=self.shape.logit_soft_cap),
             )
         super().setup_embeddings_and_output_layer()
 
@@ -54,14 +64,26 @@ class Policy(GPTModel):
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """Output of this stage's layers, [T, 1, D] (T / tensor ranks under sequence parallelism)."""
         # Later stages get their input from the pipeline schedule, through set_input_tensor.
-        hidden_TD = self.embedding(batch.tokens_T[None], None) if self.pre_process else None
-        rotary = self.rotary_pos_emb(len(batch.tokens_T), packed_seq=True)[batch.positions_T]
+        hidden_TD = self.embedded(batch.tokens_T) if self.pre_process else None
+        window = self.shape.window.size if self.shape.window else None
         return self.decoder(
             hidden_states=hidden_TD,
             attention_mask=None,
-            rotary_pos_emb=rotary,
-            packed_seq_params=stream_params(batch, self.attention),
+            rotary_pos_emb=self.rotary(batch.positions_T),
+            packed_seq_params=stream_params(batch, self.attention, window),
         )
+
+    def embedded(self, tokens_T: Tensor) -> Tensor:
+        """[T, 1, D]; some families multiply embeddings by a number."""
+        hidden_TD = self.embedding(tokens_T[None], None)
+        return hidden_TD if self.embedding_scale is None else hidden_TD * self.embedding_scale
+
+    def rotary(self, positions_T: Tensor) -> Tensor:
+        """Angles [T, 1, 1, W] of every row by its position; with two rotary bases both, side by side."""
+        table = self.rotary_pos_emb(len(positions_T), packed_seq=True)[positions_T]
+        if self.local_frequencies is None:
+            return table
+        return torch.cat([table, angles(positions_T, self.local_frequencies)], -1)
 
     def tied_weight(self) -> Tensor | None:
         """The embedding's weight where it serves as the head's on this very stage; None where the head has its own."""

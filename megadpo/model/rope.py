@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megadpo.convert.shape import ModelShape, RopeScaling
@@ -12,9 +14,9 @@ from megadpo.errors import ModelError
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """float32 [kv_channels / 2]: angle per position of every channel pair. Su et al. 2021, equation 15 (2104.09864)."""
-    exponents = torch.arange(0, shape.kv_channels, 2, dtype=torch.float32) / shape.kv_channels
-    plain = 1.0 / (shape.rotary_base**exponents)
+    """float32 [rotated channels / 2]: angle per position of every channel pair. Su et al. 2021, equation 15
+    (2104.09864)."""
+    plain = _plain(shape, shape.rotary_base)
     scaling = shape.rope_scaling
     if scaling is None:
         return plain
@@ -22,7 +24,50 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
         return plain / scaling.factor
     if scaling.rope_type == "llama3":
         return _llama3(plain, scaling)
-    raise ModelError(f"rope_type {scaling.rope_type!r} is not supported; supported: default, linear, llama3")
+    if scaling.rope_type == "yarn":
+        return _yarn(plain, scaling, shape.rotary_base)
+    raise ModelError(f"rope_type {scaling.rope_type!r} is not supported; supported: default, linear, llama3, yarn")
+
+
+def local_frequencies(shape: ModelShape) -> Tensor | None:
+    """Those of layers with a window, where they have a base of their own."""
+    return None if shape.local_rotary_base is None else _plain(shape, shape.local_rotary_base)
+
+
+def softmax_scale(shape: ModelShape) -> float | None:
+    """What attention scores are multiplied by; None for 1 / sqrt(kv_channels).
+
+    yarn enlarges rotated queries and keys by attention_factor each; on scores that is its square.
+    """
+    factor = shape.rope_scaling.attention_factor if shape.rope_scaling else None
+    if factor is None or factor == 1:
+        return shape.scores.scale
+    assert shape.rotary_percent == 1, "channels that are not rotated are not enlarged"
+    return factor**2 * (shape.scores.scale or shape.kv_channels**-0.5)
+
+
+def angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
+    """float32 [T, 1, 1, rotated channels], as Megatron-Core's attention takes them: both halves of a head alike."""
+    half = positions_T[:, None].float() * frequencies
+    return torch.cat([half, half], -1)[:, None, None]
+
+
+class TwoBaseAttention(SelfAttention):
+    """Megatron-Core's self-attention where layers with a window rotate by other angles than those without: the table
+    holds both, side by side, and each layer takes its own."""
+
+    def __init__(self, *args: Any, layers: tuple[bool, ...], **kwargs: Any) -> None:
+        """layers: per layer over all pipeline stages, whether it takes the second half."""
+        super().__init__(*args, **kwargs)
+        self.half = int(layers[self.layer_number - 1])
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb.chunk(2, -1)[self.half], **kwargs)
+
+
+def _plain(shape: ModelShape, base: float) -> Tensor:
+    rotated = int(shape.kv_channels * shape.rotary_percent)
+    return 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -38,3 +83,25 @@ def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
     wavelength = 2 * math.pi / plain
     blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     return blend * plain + (1 - blend) * plain / scaling.factor
+
+
+def _yarn(plain: Tensor, scaling: RopeScaling, base: float) -> Tensor:
+    """Pairs that turn more than beta_fast times in the original context are kept, those that turn less than beta_slow
+    times are slowed down by `factor`, those between blended. Peng et al. 2023, section 3.2 (2309.00071)."""
+    fast, slow, original = scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings
+    assert fast is not None
+    assert slow is not None
+    assert original is not None
+    channels = 2 * len(plain)
+
+    def channel(turns: float) -> float:
+        """The channel pair that turns so many times in the original context."""
+        return channels * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = channel(fast), channel(slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, channels - 1)
+    slowed = (torch.arange(len(plain), dtype=torch.float32) - first) / (last - first or 0.001)
+    blend = slowed.clamp(0, 1)
+    return plain / scaling.factor * blend + plain * (1 - blend)

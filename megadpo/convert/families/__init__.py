@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadpo.convert.config_json import ConfigJson
+from megadpo.convert.families.gemma import GEMMA2, GEMMA3
 from megadpo.convert.families.llama import LLAMA
+from megadpo.convert.families.mistral import MISTRAL
+from megadpo.convert.families.olmo2 import OLMO2
+from megadpo.convert.families.phi3 import PHI3
+from megadpo.convert.families.qwen import QWEN2, QWEN3
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import Family, MegatronTensor, expand
 from megadpo.errors import ModelError
 
-FAMILIES = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3)
 
 
 def read_shape(folder: str | Path) -> ModelShape:

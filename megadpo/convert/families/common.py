@@ -86,3 +86,10 @@ def read_window(config: ConfigJson, layers: int, usual: tuple[bool, ...]) -> Win
         raise config.wrong("layer_types", f"sliding_attention or full_attention for each of the {layers} layers")
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
     return Window(config.integer("sliding_window"), windowed) if any(windowed) else None
+
+
+def window_everywhere(config: ConfigJson, layers: int) -> Window | None:
+    """`sliding_window` on every layer; null or absent means none."""
+    if config.get("sliding_window") is None:
+        return None
+    return Window(config.integer("sliding_window"), (True,) * layers)
