@@ -1,0 +1,194 @@
+"""Every family, dense or not: config.json, table, numbers on every grid and the way back, with transformers as the
+judge."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from families_table import ROWS, write
+from test_round_trip import GRIDS, TOKENS, convert, every_token, forward, judge, tokens, weights
+from transformers import AutoModelForCausalLM
+
+from megadpo.config import ParallelConfig
+from megadpo.convert import families
+from megadpo.convert.exporter import export_hf
+from megadpo.convert.families import FAMILIES, LLAMA, family_of, read_shape
+from megadpo.convert.importer import check_hf, load_hf
+from megadpo.convert.shape import ModelShape
+
+CASES = [(name, grid) for name, row in ROWS.items() for grid in row.grids]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: write(name, root / name) for name in ROWS}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def results(folders: dict[str, Path], checkpoints: Path) -> dict[tuple, list[dict]]:
+    """What each rank found, by (model, grid)."""
+    found: dict[tuple, list[dict]] = {}
+    for world in (1, 2, 4):
+        for grid in (name for name, (tensor, pipeline, _) in GRIDS.items() if tensor * pipeline == world):
+            models = {name: folders[name] for name, row in ROWS.items() if grid in row.grids}
+            if models:
+                ranks = run_ranks(world, convert, models, [grid], checkpoints)
+                found |= {job: [rank[job] for rank in ranks] for job in ranks[0]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def logprobs(folders: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """transformers' log-probabilities [T, V] of the same tokens."""
+    return {name: judge(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize(("model", "grid"), CASES)
+def test_ranks_compute_what_transformers_computes(
+    model: str, grid: str, results: dict[tuple, list[dict]], logprobs: dict[str, torch.Tensor]
+) -> None:
+    """Windows are of 7 tokens, yarn's original context is 24: positions inside and past both."""
+    assert len(logprobs[model]) == TOKENS
+    ranks = results[model, grid]
+    assert [rank["not filled"] for rank in ranks] == [[] for _ in ranks]
+    computed = [rank["logprobs"] for rank in ranks if rank["logprobs"] is not None]
+    assert computed
+    for found in computed:
+        assert float((found - logprobs[model]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(("model", "grid"), CASES)
+def test_export_gives_the_folder_back(
+    model: str,
+    grid: str,
+    results: dict[tuple, list[dict]],
+    folders: dict[str, Path],
+    checkpoints: Path,
+    tmp_path: Path,
+) -> None:
+    source, out = folders[model], tmp_path / "out"
+    export_hf(checkpoints / model / grid, source, out, max_shard_bytes=60_000)
+    before, after = weights(source), weights(out)
+    assert after.keys() == before.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert [name for name in before if before[name].dtype != after[name].dtype] == []
+    assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    check_hf(read_shape(out), out)
+
+
+@pytest.mark.parametrize("model", ROWS)
+def test_transformers_loads_the_export(
+    model: str, results: dict[tuple, list[dict]], folders: dict[str, Path], checkpoints: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_hf(checkpoints / model / ROWS[model].grids[-1], folders[model], out)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert {name: list(found) for name, found in info.items() if found} == {}
+    want = AutoModelForCausalLM.from_pretrained(folders[model])
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == want.config.to_dict() | {"_name_or_path": ""}
+
+
+def test_every_family_and_every_row_of_its_table_is_used(folders: dict[str, Path]) -> None:
+    """What no test model has would be untested. Llama and the rows it has are in test_shape.py."""
+    shapes = [read_shape(folder) for folder in folders.values()]
+    assert {family.name for family in FAMILIES} == {shape.family for shape in shapes} | {"llama"}
+    known = {(row.megatron, row.hf) for family in FAMILIES for row in family.weights}
+    used = {(row.megatron, row.hf) for shape in shapes for row in family_of(shape).weights if row.when(shape)}
+    assert known - used - {(row.megatron, row.hf) for row in LLAMA.weights} == set()
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing wrong with the shape that was read, or with the table."""
+
+    model: str
+    change: Callable[[ModelShape], ModelShape] = lambda shape: shape
+    exchanged: tuple[str, str] = ("", "")
+    """Hugging Face names in the table."""
+
+
+def scaling(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, rope_scaling=replace(s.rope_scaling, **changes))
+
+
+def window(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, window=replace(s.window, **changes))
+
+
+def norms(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, norms=replace(s.norms, **changes))
+
+
+def scores(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, scores=replace(s.scores, **changes))
+
+
+MISTAKES = {
+    "window one too wide": Mistake("mistral", window(size=8)),
+    "window one too narrow": Mistake("mistral", window(size=6)),
+    "no window": Mistake("phi3", lambda s: replace(s, window=None)),
+    "windows on the other layers": Mistake("qwen3", window(layers=(True, False, True, False))),
+    "epsilon": Mistake("qwen2", lambda s: replace(s, layernorm_epsilon=1e-4)),
+    "yarn without its factor on scores": Mistake("qwen2, yarn", scaling(attention_factor=1.0)),
+    "yarn with the usual factor on scores": Mistake("qwen2, odd yarn", scaling(attention_factor=1.1386294361)),
+    "yarn: beta_fast": Mistake("qwen2, odd yarn", scaling(beta_fast=32.0)),
+    "yarn: beta_slow": Mistake("qwen2, odd yarn", scaling(beta_slow=1.0)),
+    "yarn: truncate": Mistake("qwen2, odd yarn", scaling(truncate=True)),
+    "yarn: original length": Mistake("qwen2, yarn", scaling(original_max_position_embeddings=48)),
+    "q and k norms exchanged": Mistake("qwen3", exchanged=("q_norm", "k_norm")),
+    "no soft cap on scores": Mistake("gemma2", scores(soft_cap=None)),
+    "no soft cap on logits": Mistake("gemma2", lambda s: replace(s, logit_soft_cap=None)),
+    "scores scaled by the head's width": Mistake("gemma2", scores(scale=None)),
+    "embeddings not scaled": Mistake("gemma2", lambda s: replace(s, embedding_scale=None)),
+    "SiLU for GELU": Mistake("gemma3", lambda s: replace(s, activation="silu")),
+    "norms multiply by the weight": Mistake("gemma3", norms(zero_centred=False)),
+    "one rotary base": Mistake("gemma3", lambda s: replace(s, local_rotary_base=s.rotary_base)),
+    "local rotary base off by 1%": Mistake("gemma3", lambda s: replace(s, local_rotary_base=3030.0)),
+    "linear factor": Mistake("gemma3", scaling(factor=4.0)),
+    "norms behind exchanged": Mistake("gemma3", exchanged=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "norms before exchanged": Mistake("gemma3", exchanged=("input_layernorm", "pre_feedforward_layernorm")),
+    "OLMo's norms exchanged": Mistake("olmo2", exchanged=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "all of each head rotated": Mistake("phi3", lambda s: replace(s, rotary_percent=1.0)),
+}
+
+
+def exchange(text: str, one: str, other: str) -> str:
+    return text.replace(one, "\0").replace(other, one).replace("\0", other) if one else text
+
+
+@torch.no_grad()
+def make_mistakes(device: torch.device, folders: dict[str, Path]) -> dict[str, torch.Tensor | None]:
+    from megadpo.model.build import build_chunks
+    from megadpo.parallel.context import grid
+
+    parallel, found, right = ParallelConfig(), {}, families.FAMILIES
+    for name, mistake in MISTAKES.items():
+        shape = read_shape(folders[mistake.model])
+        batch = every_token(tokens(shape.vocab_size), shape.vocab_size)
+        families.FAMILIES = tuple(
+            replace(x, weights=tuple(replace(w, hf=exchange(w.hf, *mistake.exchanged)) for w in x.weights))
+            for x in right
+        )
+        with grid(parallel, device, seed=0) as context:
+            chunks = build_chunks(mistake.change(shape), parallel, context, "float32")
+            load_hf(chunks, shape, folders[mistake.model])
+            found[name] = forward(chunks, context, batch, shape.vocab_size)
+        families.FAMILIES = right
+    return found
+
+
+def test_comparison_would_see_a_mistake(folders: dict[str, Path], logprobs: dict[str, torch.Tensor]) -> None:
+    """Each mistake alone is at least ten times the tolerance, so that passing means something."""
+    [found] = run_ranks(1, make_mistakes, folders)
+    differences = {name: float((x - logprobs[MISTAKES[name].model]).abs().max()) for name, x in found.items()}
+    assert {name: size for name, size in differences.items() if not size > 1e-3} == {}
