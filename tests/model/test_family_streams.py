@@ -1,0 +1,71 @@
+"""Families whose layers are not Llama's, in a packed stream with shared prompts: per token and for the gradient of
+every weight the same as transformers computes for each response alone, on every kind of grid."""
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from families_table import COMMON, write
+from test_policy import outside
+from test_shared_prompts import run
+from tiny import random_groups
+from train.engine import Case, assemble
+
+from megadpo.convert.families import megatron_tensors, read_shape
+from megadpo.convert.tables import MegatronTensor
+from megadpo.data.packing import Budget
+
+NAMES = ("mistral", "qwen2, yarn", "qwen3", "gemma2", "gemma3", "olmo2, biases", "phi3")
+"""Each with what the others have not; windows are of 7 tokens, prompts and responses of up to 13 each."""
+GRIDS = {
+    1: [{}, {"share": False}, {"recompute": "full"}, {"recompute": "selective"}],
+    2: [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2, "virtual": 2}],
+    4: [{"tensor": 2, "pipeline": 2, "sequence": True}],
+}
+VOCAB = int(COMMON["vocab_size"])
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("families")
+    store = random_groups(5, vocab=VOCAB, longest_prompt=13, longest_response=13)
+    return {name: Case(write(name, root / name), store, budget=Budget(64)) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def results(cases: dict[str, Case]) -> dict[str, list[list[dict]]]:
+    """By model and grid, what every rank found."""
+    from dataclasses import replace
+
+    found: dict[str, list[list[dict]]] = {name: [] for name in NAMES}
+    for world, grids in GRIDS.items():
+        jobs = [(name, replace(cases[name], **changes)) for name in NAMES for changes in grids]
+        ranks = run_ranks(world, run, [case for _, case in jobs])
+        for number, (name, _) in enumerate(jobs):
+            found[name].append([rank[number] for rank in ranks])
+    return found
+
+
+def as_megatron(tensor: MegatronTensor, theirs: dict[str, np.ndarray]) -> torch.Tensor:
+    """A Megatron tensor put together from Hugging Face tensors, row by row as its table says."""
+    parts = [theirs[rows.name][rows.start : rows.start + rows.count] for rows in tensor.rows]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shared_prompt_equals_every_response_alone(
+    name: str, cases: dict[str, Case], results: dict[str, list[list[dict]]]
+) -> None:
+    case = cases[name]
+    alone, theirs = outside(case.folder, case.store)
+    tensors = megatron_tensors(read_shape(case.folder))
+    want = {key: as_megatron(tensor, theirs) / len(case.store) for key, tensor in tensors.items()}
+    for number, ranks in enumerate(results[name]):
+        tokens = {s: logprob for rank in ranks for s, logprob in rank["tokens"].items()}
+        assert sorted(tokens) == list(range(len(alone)))
+        difference = max(float(np.abs(tokens[s] - alone[s]).max()) for s in tokens)
+        assert difference < 2e-5, f"grid {number}: {difference:.1e}"
+        got = assemble(ranks, "gradients", VOCAB)
+        assert got.keys() == want.keys()
+        wrong = {k: float((got[k] - want[k]).norm() / want[k].norm()) for k in want}
+        assert {k: x for k, x in wrong.items() if not x < 2e-5} == {}, f"grid {number}"
