@@ -51,10 +51,12 @@ ROWS = {
         "Qwen3Config",
         {
             "head_dim": 10,
+            "num_key_value_heads": 2,
             "use_sliding_window": True,
             "sliding_window": 7,
             "layer_types": ["full_attention", "sliding_attention"] * 2,
         },
+        (*DENSE, "TP4"),
     ),
     "qwen3, biases": Row("Qwen3Config", {"head_dim": 10, "attention_bias": True}),
     "gemma2": Row("Gemma2Config", GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),

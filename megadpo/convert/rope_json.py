@@ -103,6 +103,9 @@ def _scaling(config: ConfigJson, field: str, block: dict[str, Any]) -> RopeScali
         raise config.wrong(field, f"with rope_type {kind} only {', '.join(('rope_theta', *numbers, *optional))}")
     if not all(positive(block.get(number)) for number in numbers):
         raise config.wrong(field, f"rope_type {kind} with {', '.join(numbers)} as positive numbers")
+    length = "original_max_position_embeddings"
+    if length in numbers and config.get(length) not in (None, block[length]):
+        raise config.wrong(length, f"the value in {field}, or only one of the two")
     if kind == "default":
         return None
     if kind == "linear":

@@ -1,6 +1,7 @@
 """Every family, dense or not: config.json, table, numbers on every grid and the way back, with transformers as the
 judge."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import FAMILIES, LLAMA, family_of, read_shape
 from megadpo.convert.importer import check_hf, load_hf
 from megadpo.convert.shape import ModelShape
+from megadpo.errors import ModelError
 
 CASES = [(name, grid) for name, row in ROWS.items() for grid in row.grids]
 
@@ -192,3 +194,21 @@ def test_comparison_would_see_a_mistake(folders: dict[str, Path], logprobs: dict
     [found] = run_ranks(1, make_mistakes, folders)
     differences = {name: float((x - logprobs[MISTAKES[name].model]).abs().max()) for name, x in found.items()}
     assert {name: size for name, size in differences.items() if not size > 1e-3} == {}
+
+
+def build_refused(device: torch.device, folder: Path) -> str:
+    from megadpo.model.build import build_chunks
+    from megadpo.parallel.context import grid
+
+    parallel = ParallelConfig(2)
+    with grid(parallel, device, seed=0) as context, pytest.raises(ModelError) as error:
+        build_chunks(read_shape(folder), parallel, context, "float32")
+    return str(error.value)
+
+
+def test_a_norm_over_all_keys_cannot_split_one_key_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    given = json.loads((folders["olmo2"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(given | {"num_key_value_heads": 1}))
+    for line in run_ranks(2, build_refused, tmp_path):
+        assert "tensor_model_parallel_size = 2" in line
+        assert "num_key_value_heads 1 has a norm over all keys; use a divisor of that number" in line
