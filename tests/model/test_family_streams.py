@@ -11,11 +11,14 @@ from families_table import COMMON, write
 from test_policy import outside
 from test_shared_prompts import run
 from tiny import random_groups
-from train.engine import Case, assemble
+from train.engine import Case, assemble, build
+from transformers import AutoModelForCausalLM
 
 from megadpo.convert.families import megatron_tensors, read_shape
 from megadpo.convert.tables import MegatronTensor
 from megadpo.data.packing import Budget
+from megadpo.model.logits import text_logits
+from megadpo.parallel.context import grid
 
 NAMES = ("mistral", "qwen2, yarn", "qwen3", "gemma2", "gemma3", "olmo2, biases", "phi3")
 """Each with what the others have not; windows are of 7 tokens, prompts and responses of up to 13 each."""
@@ -76,3 +79,30 @@ def test_a_shared_prompt_equals_every_response_alone(
         assert got.keys() == want.keys()
         wrong = {k: float((got[k] - want[k]).norm() / want[k].norm()) for k in want}
         assert {k: x for k, x in wrong.items() if not x < 2e-5} == {}, f"grid {number}"
+
+
+def run_bfloat16(device: torch.device, cases: dict[str, Case], ids: list[int]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Logits and scaled embeddings of a text."""
+    found = {}
+    for name, case in cases.items():
+        with grid(case.parallel, device, 0) as context:
+            policy = build(replace(case, dtype="bfloat16"), context)[0].modules[0]
+            found[name] = (text_logits(policy, ids, context), policy.embedded(torch.tensor(ids))[:, 0].detach())
+    return found
+
+
+def test_bfloat16_is_no_worse_than_transformers(cases: dict[str, Case]) -> None:
+    """Against float32, the error is at most that of transformers in bfloat16 and half as much again; embeddings, which
+    Gemma multiplies by a rounded number, are the same to the bit."""
+    ids = list(range(1, 31))
+    [found] = run_ranks(1, run_bfloat16, cases, ids)
+    for name, (logits, embedded) in found.items():
+        exact, theirs = (
+            AutoModelForCausalLM.from_pretrained(cases[name].folder, dtype=dtype, attn_implementation="eager")
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        with torch.no_grad():
+            want, other = (model(torch.tensor(ids)[None]).logits[0].float() for model in (exact, theirs))
+            assert torch.equal(embedded, theirs.get_input_embeddings()(torch.tensor(ids))), name
+        ours, usual = (float((x - want).norm()) for x in (logits, other))
+        assert ours < 1.5 * usual, f"{name}: {ours:.3f}, transformers {usual:.3f}"
