@@ -1,4 +1,4 @@
-"""Mistral 7B, NeMo, Small and what is built like them (MistralForCausalLM): Llama with a sliding window."""
+"""Mistral 7B, NeMo and what is built like them (MistralForCausalLM): Llama with a sliding window."""
 
 from __future__ import annotations
 

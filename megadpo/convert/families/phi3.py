@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 and Phi-4 (Phi3ForCausalLM): Llama whose q, k, v are one tensor, and whose gate and up are one."""
+"""Phi-3 and Phi-4 (Phi3ForCausalLM): Llama whose q, k, v are one tensor, and whose gate and up are one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUSED_MLP = (
 
 
 def read_shape(config: ConfigJson) -> ModelShape:
-    """longrope (the long-context and mini models) is refused: it takes other frequencies for a whole batch as soon as
+    """longrope (the 128k models, Phi-3.5, Phi-4-mini) is refused: it takes other frequencies for a whole batch as soon as
     one sequence in it is long, so a token's numbers depend on what it is batched with."""
     for field in ("rope_parameters", "rope_scaling"):
         block = config.get(field) or {}
