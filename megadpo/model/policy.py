@@ -79,11 +79,11 @@ class Policy(GPTModel):
         return hidden_TD if self.embedding_scale is None else hidden_TD * self.embedding_scale
 
     def rotary(self, positions_T: Tensor) -> Tensor:
-        """Angles [T, 1, 1, W] of every row by its position; with two rotary bases both, side by side."""
+        """Angles [T, 1, 1, W] of every row by its position; with two rotary bases those of both, [2, T, 1, 1, W]."""
         table = self.rotary_pos_emb(len(positions_T), packed_seq=True)[positions_T]
         if self.local_frequencies is None:
             return table
-        return torch.cat([table, angles(positions_T, self.local_frequencies)], -1)
+        return torch.stack([table, angles(positions_T, self.local_frequencies)])
 
     def tied_weight(self) -> Tensor | None:
         """The embedding's weight where it serves as the head's on this very stage; None where the head has its own."""

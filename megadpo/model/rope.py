@@ -53,16 +53,16 @@ def angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
 
 
 class TwoBaseAttention(SelfAttention):
-    """Megatron-Core's self-attention where layers with a window rotate by other angles than those without: the table
-    holds both, side by side, and each layer takes its own."""
+    """Megatron-Core's self-attention where layers with a window rotate by other angles than those without: it is given
+    the tables of both, [2, T, 1, 1, W], and takes its own."""
 
     def __init__(self, *args: Any, layers: tuple[bool, ...], **kwargs: Any) -> None:
-        """layers: per layer over all pipeline stages, whether it takes the second half."""
+        """layers: per layer over all pipeline stages, whether it takes the second."""
         super().__init__(*args, **kwargs)
-        self.half = int(layers[self.layer_number - 1])
+        self.table = int(layers[self.layer_number - 1])
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        return super().forward(*args, rotary_pos_emb=rotary_pos_emb.chunk(2, -1)[self.half], **kwargs)
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.table], **kwargs)
 
 
 def _plain(shape: ModelShape, base: float) -> Tensor:

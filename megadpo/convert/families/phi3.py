@@ -29,8 +29,8 @@ FUSED_MLP = (
 
 
 def read_shape(config: ConfigJson) -> ModelShape:
-    """longrope (the 128k models, Phi-3.5, Phi-4-mini) is refused: it takes other frequencies for a whole batch as soon as
-    one sequence in it is long, so a token's numbers depend on what it is batched with."""
+    """longrope (the 128k models, Phi-3.5, Phi-4-mini) is refused: it takes other frequencies for a whole batch as soon
+    as one sequence in it is long, so a token's numbers depend on what it is batched with."""
     for field in ("rope_parameters", "rope_scaling"):
         block = config.get(field) or {}
         if isinstance(block, dict) and (block.get("rope_type") or block.get("type") or "default") != "default":
