@@ -30,6 +30,7 @@ def _sizes(config: Config) -> list[str]:
         ("parallel.tensor_model_parallel_size", grid.tensor_model_parallel_size, 1),
         ("parallel.pipeline_model_parallel_size", grid.pipeline_model_parallel_size, 1),
         ("parallel.data_parallel_size", grid.data_parallel_size, 1),
+        ("parallel.expert_model_parallel_size", grid.expert_model_parallel_size, 1),
         ("data.max_length", data.max_length, 2),
         ("data.num_proc", data.num_proc, 1),
         ("batch.global_batch_size", batch.global_batch_size, 1),
@@ -213,5 +214,11 @@ def check_world(parallel: ParallelConfig, world_size: int) -> list[str]:
             f"the grid is {grid} = {model} processes for one replica and {world_size} were started; start a "
             f"multiple of {model}, or change parallel.tensor_model_parallel_size or "
             "parallel.pipeline_model_parallel_size"
+        ]
+    experts = parallel.expert_model_parallel_size
+    if experts > 1 and world_size // pipeline % experts:
+        return [
+            f"parallel.expert_model_parallel_size = {experts}: must divide tensor x data ranks, here {tensor} x "
+            f"{world_size // model} = {world_size // pipeline}"
         ]
     return []

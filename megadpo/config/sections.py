@@ -77,8 +77,11 @@ class ParallelConfig:
     data_parallel_size: int | None = None
     """Replicas. Not given: world size / (tensor x pipeline) under torchrun or SLURM; on one machine without
     either, as many as its GPUs allow, and 1 without a GPU."""
+    expert_model_parallel_size: int = 1
+    """Ranks that a layer's experts are dealt to; it must divide tensor x data. With 1, every expert is split over the
+    tensor-parallel ranks instead."""
     sequence_parallel: bool = False
-    """Split activations outside attention and MLP over the tensor-parallel ranks."""
+    """Split activations outside attention and MLP over the tensor-parallel ranks. Models with experts need it where tensor_model_parallel_size is over 1."""
     use_distributed_optimizer: bool = True
     """Shard master weights and moments over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

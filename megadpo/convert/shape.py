@@ -59,6 +59,57 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the MLP, in some layers or all."""
+
+    count: int
+    """Routed experts of a layer."""
+    per_token: int
+    """How many of them a token goes to."""
+    ffn_hidden_size: int
+    """MLP size of one expert."""
+    layers: tuple[bool, ...]
+    """Per layer of the model: experts (True) or the plain MLP."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """What turns router logits into scores."""
+    normalised: bool = True
+    """Whether a token's chosen scores are divided by their sum."""
+    scaling: float = 1.0
+    """Factor on the chosen scores."""
+    groups: int = 1
+    """Experts stand in so many equal groups, of which a token uses `groups_per_token`."""
+    groups_per_token: int = 1
+    group_score: int = 1
+    """A group is worth the sum of its so many best scores."""
+    selection_bias: bool = False
+    """A frozen float32 number per expert that is added to the scores for choosing, not for weighing."""
+    router_float32: bool = False
+    """Whether the family computes router logits in float32, whatever the model's dtype."""
+    shared_ffn_hidden_size: int = 0
+    """MLP size of what every token goes through besides; 0 where there is nothing."""
+    bias: bool = False
+    """Biases in router and experts."""
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention: queries, keys and values out of small vectors. DeepSeek-V2, section 2.1
+    (2405.04434).
+    """
+
+    query_rank: int | None
+    """Width of the vector that queries come from; None where they come from the hidden state."""
+    key_value_rank: int
+    query_key_width: int
+    """Width of a head's part without position."""
+    rotary_width: int
+    """Width of its part with position; keys share one over all heads."""
+    value_width: int
+    interleaved: bool = True
+    """Rotary pairs are neighbours (2i, 2i + 1), not halves."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A decoder with RMSNorm, RoPE, grouped-query attention and a gated MLP."""
 

@@ -130,6 +130,15 @@ def from_first_rank(rank: int, world_size: int, work: Callable[[], str]) -> str:
     raise getattr(errors, outcome["kind"])(outcome["text"])
 
 
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    """Ranks that one expert is split over: whole experts where they are dealt out, else the tensor-parallel ranks.
+
+    Unsplit experts that are not dealt out either would be replicas whose gradients Megatron-Core does not sum
+    (layers.py marks expert parameters as such only where expert_model_parallel_size > 1).
+    """
+    return 1 if parallel.expert_model_parallel_size > 1 else parallel.tensor_model_parallel_size
+
+
 def build_context(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelContext:
     """Make the grid's groups. Ranks are laid out tensor first, then data, then pipeline (Megatron's order)."""
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -137,6 +146,8 @@ def build_context(parallel: ParallelConfig, device: torch.device, seed: int) -> 
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(parallel),
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
