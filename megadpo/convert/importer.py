@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megadpo.convert.families import family_of, megatron_tensors
 from megadpo.convert.hf_files import HFFiles, all_finite
@@ -53,14 +54,23 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
         _fill(piece, tensors[piece.key], files)
         _compare_tied(piece, tensors[piece.key], files, shape)
     filled = sum(piece.data.numel() for piece in pieces)
-    owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
+    owned = sum(x.numel() for chunk in model_chunks for x in _owned(chunk))
     if filled != owned:
         raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
 
 
+def _owned(chunk: Any) -> Iterator[Tensor]:
+    """Parameters, and the buffers that a checkpoint keeps (an expert's selection bias)."""
+    kept = chunk.state_dict()
+    yield from chunk.parameters()
+    yield from (buffer for name, buffer in chunk.named_buffers() if name in kept)
+
+
 def _ignored(shape: ModelShape) -> str:
     family = family_of(shape)
-    return f"{family.ignored}|{re.escape(family.output)}" if shape.tied else family.ignored
+    patterns = [family.ignored, *([re.escape(family.output)] if shape.tied else [])]
+    patterns += [rf"model\.layers\.{shape.num_layers + i}\..*" for i in range(shape.prediction_layers)]
+    return "|".join(patterns)
 
 
 def _pieces(chunk: Any) -> Iterator[Any]:
@@ -86,6 +96,10 @@ def _sources(piece: Any, tensor: MegatronTensor) -> Iterator[tuple[slice, str, t
     others = tuple(
         slice(start, start + size) for start, size in zip(piece.global_offset[1:], piece.local_shape[1:], strict=True)
     )
+    if stacked := tensor.stacked:
+        expert, step = slice(tensor.expert, tensor.expert + 1), stacked.step
+        yield slice(0, count), tensor.rows[0].name, (expert, *others, slice(first * step, (first + count) * step))
+        return
     at = 0
     for rows in tensor.rows:
         begin, end = max(first, at), min(first + count, at + rows.count)
@@ -102,6 +116,8 @@ def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
         values = files.slice(name)[part]
         if not all_finite(values):
             raise ModelError(f"{files.folder}: {name} has NaN or Inf: the weights are damaged; get or make them again")
+        if stacked := tensor.stacked:  # [1, (columns,) rows * step]
+            values = values[0, ..., stacked.start :: stacked.step].t()
         piece.data[place].copy_(values)
 
 

@@ -89,6 +89,8 @@ class Experts:
     """MLP size of what every token goes through besides; 0 where there is nothing."""
     bias: bool = False
     """Biases in router and experts."""
+    clamp: float | None = None
+    """gpt-oss: gate and up are cut off at this, up gets 1 added, and the gate's sigmoid 1.702 times its input."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,35 @@ class ModelShape:
     """Embeddings are multiplied by this, rounded to the model's dtype."""
     logit_soft_cap: float | None = None
     """Logits become soft_cap * tanh(logit / soft_cap)."""
+    sinks: bool = False
+    """A trained number per head stands in every softmax of the attention beside the scores."""
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+    """`kv_channels` is its value width, and `num_query_groups` all heads."""
+    prediction_layers: int = 0
+    """Layers of the folder behind the last one, for guessing further tokens: neither read, nor trained, nor written."""
 
     @property
     def attended_pair_cost(self) -> float:
-        """Multiplications of attention per attended pair of rows, over those of the linear layers per row."""
-        query, key_value = (
-            self.num_attention_heads * self.kv_channels,
-            self.num_query_groups * self.kv_channels,
-        )
-        linear = self.hidden_size * (2 * query + 2 * key_value + 3 * self.ffn_hidden_size)
-        return 2 * query / linear
+        """Multiplications of attention per attended pair of rows, over those of the linear layers per row; of experts,
+        those that a token goes to.
+        """
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        latent = self.latent
+        if latent is None:
+            pair = 2 * heads * self.kv_channels
+            projections = 2 * hidden * (heads + self.num_query_groups) * self.kv_channels
+        else:
+            head = latent.query_key_width + latent.rotary_width
+            pair = heads * (head + latent.value_width)
+            rank = latent.query_rank
+            projections = heads * head * hidden if rank is None else rank * (hidden + heads * head)
+            projections += hidden * (latent.key_value_rank + latent.rotary_width)
+            projections += heads * latent.key_value_rank * (latent.query_key_width + latent.value_width)
+            projections += heads * latent.value_width * hidden
+        mlp = float(self.ffn_hidden_size)
+        if self.experts is not None:
+            active = self.experts.per_token * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
+            share = sum(self.experts.layers) / self.num_layers
+            mlp = share * (active + self.experts.count / 3) + (1 - share) * mlp
+        return pair / (projections + 3 * hidden * mlp)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadpo.convert.config_json import ConfigJson
+from megadpo.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megadpo.convert.families.gemma import GEMMA2, GEMMA3
 from megadpo.convert.families.llama import LLAMA
 from megadpo.convert.families.mistral import MISTRAL
+from megadpo.convert.families.mixtral import MIXTRAL
 from megadpo.convert.families.olmo2 import OLMO2
 from megadpo.convert.families.phi3 import PHI3
 from megadpo.convert.families.qwen import QWEN2, QWEN3
+from megadpo.convert.families.qwen3_moe import QWEN3_MOE
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import Family, MegatronTensor, expand
 from megadpo.errors import ModelError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3)
+FAMILIES: tuple[Family, ...] = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3),
+    *(MIXTRAL, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
+)
 
 
 def read_shape(folder: str | Path) -> ModelShape:
