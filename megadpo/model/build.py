@@ -14,15 +14,18 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.errors import MachineError, ModelError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
+from megadpo.model.experts import expert_options, use_experts
+from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
 from megadpo.model.rope import TwoBaseAttention, inverse_frequencies, softmax_scale
@@ -72,7 +75,13 @@ def transformer_config(
         }
     elif recompute == "selective":
         options["recompute_granularity"] = "selective"
-    config = TransformerConfig(
+    # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
+    options["qk_layernorm"] = shape.norms.queries_keys == "head"
+    if shape.experts is not None:
+        options |= expert_options(shape.experts, parallel, te)
+    if shape.latent is not None:
+        options |= latent_options(shape.latent)
+    config = (MLATransformerConfig if shape.latent else TransformerConfig)(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -84,10 +93,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[shape.activation],
         layernorm_zero_centered_gamma=shape.norms.zero_centred,
-        # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
-        qk_layernorm=shape.norms.queries_keys == "head",
         softmax_scale=softmax_scale(shape),
-        add_bias_linear=False,
+        add_bias_linear=shape.experts is not None and shape.experts.bias,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -142,7 +149,25 @@ def block_spec(
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     te = mcore_fixes.have_te()
-    layer = get_gpt_layer_with_transformer_engine_spec() if te else get_gpt_layer_local_spec(normalization="RMSNorm")
+    first = get_transformer_layer_offset(config, vp_stage=stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
+    kinds = [shape.experts is not None and shape.experts.layers[layer] for layer in layers]
+    specs = {kind: layer_spec(shape, kind, attention_backend, context) for kind in set(kinds)}
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[kind] for kind in kinds], layer_norm=TENorm if te else RMSNorm
+    )
+
+
+def layer_spec(
+    shape: ModelShape, with_experts: bool, attention_backend: Backend, context: ParallelContext
+) -> ModuleSpec:
+    """A layer with experts, or with the plain MLP."""
+    te, latent = mcore_fixes.have_te(), shape.latent is not None
+    options: dict[str, Any] = {"multi_latent_attention": latent, "qk_layernorm": latent}
+    if te:
+        layer = get_gpt_layer_with_transformer_engine_spec(**options)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     norm = TENorm if te else RMSNorm
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
     linear = attention.submodules
@@ -169,8 +194,11 @@ def block_spec(
     if shape.norms.after:
         linear.linear_proj = with_norm_after(linear.linear_proj, norm)
         mlp.linear_fc2 = with_norm_after(mlp.linear_fc2, norm)
-    layers = get_num_layers_to_build(config, vp_stage=stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    if shape.latent is not None:
+        use_latent_attention(layer.submodules, shape.latent, norm)
+    if with_experts and shape.experts is not None:
+        use_experts(layer.submodules, shape.experts, norm)
+    return layer
 
 
 def mark_tensor_parallel(chunk: Policy) -> None:

@@ -14,10 +14,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import Experts
+from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import expert_tensor_size
 
 
@@ -36,15 +38,17 @@ def expert_options(experts: Experts, parallel: ParallelConfig, te: bool) -> dict
         "moe_grouped_gemm": te,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(parallel),
-        "add_bias_linear": experts.bias,
     }
 
 
-def expert_spec(experts: Experts, te: bool) -> ModuleSpec:
-    """The MLP of a layer with experts."""
-    spec = get_moe_module_spec(use_te=te, num_experts=experts.count, moe_grouped_gemm=te)
-    spec.submodules.router = ModuleSpec(ExpertChoice, params={"experts": experts})
-    return spec
+def use_experts(layer: TransformerLayerSubmodules, experts: Experts, norm: type) -> None:
+    """Turn the spec of a layer with a plain MLP into one with experts. norm: the class of the norm in front of them,
+    which with Transformer Engine is not part of the first linear layer here."""
+    te = mcore_fixes.have_te()
+    layer.mlp = get_moe_module_spec(use_te=te, num_experts=experts.count, moe_grouped_gemm=te)
+    layer.mlp.submodules.router = ModuleSpec(ExpertChoice, params={"experts": experts})
+    layer.pre_mlp_layernorm = norm
+    layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # so it has a key of its own, with TE or without
 
 
 class ExpertChoice(Router):

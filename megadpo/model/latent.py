@@ -17,9 +17,11 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from megadpo.convert.shape import LatentAttention
+from megadpo.parallel import mcore_fixes
 
 
 def latent_options(latent: LatentAttention) -> dict[str, Any]:
@@ -37,12 +39,28 @@ def latent_options(latent: LatentAttention) -> dict[str, Any]:
     }
 
 
+def use_latent_attention(layer: TransformerLayerSubmodules, latent: LatentAttention, norm: type) -> None:
+    """Complete the spec of a layer of Megatron-Core's latent attention. norm: the class of norms, where Transformer
+    Engine's layers do not bring them."""
+    attention = layer.self_attention
+    attention.module = LatentSelfAttention
+    attention.params = {**attention.params, "latent": latent}
+    if mcore_fixes.have_te():
+        return
+    attention.submodules.q_layernorm = attention.submodules.kv_layernorm = norm
+    layer.sharded_state_dict_keys_map = {  # the keys of Transformer Engine's layers
+        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+
+
 class LatentSelfAttention(MLASelfAttention):
     """Megatron-Core's module with positions from the stream."""
 
-    def __init__(self, *args: Any, interleaved: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, latent: LatentAttention, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.interleaved = interleaved
+        self.interleaved = latent.interleaved
         self.rotary_pos_emb = None  # positions come with the stream
 
     def get_query_key_value_tensors(

@@ -73,6 +73,7 @@ def install() -> None:
         return
     _stand_in_for_cuda()
     _one_random_generator()
+    _counts_on_the_host()
     _mode = CpuDevice()
     _mode.__enter__()
 
@@ -85,6 +86,18 @@ def _stand_in_for_cuda() -> None:
     cuda.synchronize = cuda.empty_cache = lambda *args: None
     cuda.current_stream = cuda.default_stream = cuda.Stream = cuda.Event = InOrder
     cuda.stream = lambda stream: contextlib.nullcontext()
+
+
+def _counts_on_the_host() -> None:
+    """token_dispatcher.py brings the numbers of tokens per rank from the device to the host as numpy arrays, which
+    torch's collectives take as sizes; moe_utils.py:maybe_move_tensor_to_cpu leaves tensors that are on the host already
+    as tensors, which they do not take."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
 
 
 def _one_random_generator() -> None:

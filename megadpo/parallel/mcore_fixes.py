@@ -12,6 +12,7 @@ They are not faults of the CPU: the same code runs on GPUs. Each guard is shown 
 * `dist_checkpointing.save` hangs for ever without psutil (filesystem_async.py): `require_psutil`.
 * A killed trainer leaves a manager process behind that keeps its terminal (filesystem_async.py): `queue_here`.
 * Without CUDA, named random states are never applied (tensor_parallel/random.py): `cpu_host`.
+* Without TE, routers call a kernel of it that is not there (moe_utils.py): `route_without_te`.
 * Weights that are not initialised are not marked as split and miss in the gradient norm (tensor_parallel/layers.py):
   `model.build.mark_tensor_parallel`.
 """
@@ -34,6 +35,7 @@ def install() -> None:
     queue_here()
     strip_bucket_padding()
     stateless_step_adam()
+    route_without_te()
 
 
 def have_te() -> bool:
@@ -70,6 +72,15 @@ def require_psutil() -> None:
 
     if not getattr(filesystem_async, "HAVE_PSUTIL", True):
         raise MachineError("psutil is not installed: saving a checkpoint would hang; pip install psutil")
+
+
+def route_without_te() -> None:
+    """Routers look for TE's general_gemm under a name that moe_utils binds only where TE is there; without the name
+    they raise NameError, with None under it they take torch's product."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def queue_here() -> None:
