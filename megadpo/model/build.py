@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -218,6 +219,19 @@ def _mark(weight: torch.nn.Parameter, dim: int) -> None:
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
+def mark_experts(chunk: Policy) -> None:
+    """Say which weights are experts'. Megatron-Core does it only where experts are dealt to several ranks; done always,
+    optimizer state has one layout for all grids, and every checkpoint loads on every grid.
+
+    Experts, biases too, count in the gradient norm on every rank: each has others, or other parts of them.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False  # with the expert-data-parallel ranks only
+                _mark(parameter, dim=0)
+
+
 def build_chunks(
     shape: ModelShape,
     parallel: ParallelConfig,
@@ -261,6 +275,7 @@ def build_chunks(
             logprob_backend=logprob_backend,
         )
         mark_tensor_parallel(chunk)
+        mark_experts(chunk)
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(context.device)
         chunks.append(chunk)
     return chunks

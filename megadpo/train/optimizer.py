@@ -108,8 +108,10 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> float:
 def clip_and_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
     """Scale the gradients down to `max_grad_norm` where they are over it, then update."""
     most = optimizer.config.clip_grad
-    if most > 0:
-        clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_norm=most, total_norm=grad_norm)
+    # Experts have an optimizer of their own beside the other weights'; each clips by the norm of all.
+    for part in optimizer.chained_optimizers if most > 0 else []:
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=most, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
 
 

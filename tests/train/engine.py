@@ -32,6 +32,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     virtual: int | None = None
+    expert: int = 1
     sequence: bool = False
     distributed: bool = False
     overlap: bool = False
@@ -54,6 +55,7 @@ class Case:
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             virtual_pipeline_model_parallel_size=self.virtual,
+            expert_model_parallel_size=self.expert,
             sequence_parallel=self.sequence,
             use_distributed_optimizer=self.distributed,
             overlap_grad_reduce=self.overlap,
@@ -92,7 +94,7 @@ def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:
             if isinstance(entry, ShardedTensorFactory):
                 entry = replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))
                 parts = entry.build()
-            elif isinstance(entry, ShardedTensor):
+            elif isinstance(entry, ShardedTensor) and entry.data.data_ptr() in by_data:  # no buffer
                 parts = [replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))]
             else:
                 continue
