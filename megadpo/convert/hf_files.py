@@ -31,6 +31,7 @@ ITEM_BYTES = {
     "I16": 2,
     "I8": 1,
     "U8": 1,
+    "F8_E4M3": 1,
     "BOOL": 1,
 }
 READABLE = ("F32", "F16", "BF16")
@@ -111,9 +112,14 @@ class HFFiles:
         self._headers: dict[str, Header] = {}
         self._open: dict[str, Any] = {}
 
-    @cached_property
+    @property
     def where(self) -> dict[str, str]:
-        """File of every tensor; as transformers does it, model.safetensors comes before an index."""
+        """File of every tensor under the name and in the form that a model knows."""
+        return self.located
+
+    @cached_property
+    def located(self) -> dict[str, str]:
+        """File of every tensor as it is stored; as transformers does it, model.safetensors comes before an index."""
         if (self.folder / WHOLE).exists():
             return dict.fromkeys(self.header(WHOLE).tensors, WHOLE)
         if not (self.folder / INDEX).exists():
@@ -141,7 +147,7 @@ class HFFiles:
     @property
     def files(self) -> list[str]:
         """Names of the files that hold the tensors."""
-        return sorted(set(self.where.values()))
+        return sorted(set(self.located.values()))
 
     def header(self, file: str) -> Header:
         if file not in self._headers:
@@ -150,7 +156,7 @@ class HFFiles:
 
     def stored(self, name: str) -> Stored:
         """dtype, shape and place of one tensor."""
-        file = self.where[name]
+        file = self.located[name]
         tensors = self.header(file).tensors
         if name not in tensors:
             raise ModelError(f"{self.folder / INDEX}: says that {name} is in {file}, which does not hold it")
@@ -160,8 +166,8 @@ class HFFiles:
         """safetensors' slice of one tensor: index it to read just that part, as a CPU tensor of the stored
         dtype.
         """
-        self.stored(name)
-        file = self.where[name]
+        HFFiles.stored(self, name)
+        file = self.located[name]
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, "pt")
@@ -201,8 +207,8 @@ class HFFiles:
         """
         for file in self.files:
             for name in self.header(file).tensors:
-                if self.where.get(name) != file:
-                    other = self.where.get(name)
+                if self.located.get(name) != file:
+                    other = self.located.get(name)
                     said = f"says it is in {other}" if other else "does not name it"
                     raise ModelError(f"{self.folder / file}: holds {name}, but {INDEX} {said}")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megadpo.convert.families import family_of, megatron_tensors
 from megadpo.convert.hf_files import HFFiles, all_finite
+from megadpo.convert.quantised import open_folder
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import MegatronTensor, hf_shapes
 from megadpo.errors import ModelError
@@ -27,7 +28,7 @@ def check_hf(shape: ModelShape, folder: str | Path) -> None:
     For one process, before any rank starts. ModelError lists what is missing, extra, misshapen or of a wrong
     dtype, or names the file that is missing, cut off or damaged.
     """
-    files = HFFiles(folder)
+    files = open_folder(folder)
     wanted = hf_shapes(*megatron_tensors(shape).values())
     files.check_duplicates()
     files.check(wanted, wanted, _ignored(shape))
@@ -41,7 +42,7 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
     embedding. ModelError as `check_hf` (names over the whole folder, shapes and dtypes of what this rank
     reads), and for NaN or Inf in a weight; parameters may then be half filled.
     """
-    files, tensors = HFFiles(folder), megatron_tensors(shape)
+    files, tensors = open_folder(folder), megatron_tensors(shape)
     pieces = [piece for chunk in model_chunks for piece in _pieces(chunk)]
     unknown = sorted({piece.key for piece in pieces} - tensors.keys())
     if unknown:

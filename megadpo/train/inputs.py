@@ -10,6 +10,7 @@ from pathlib import Path
 from megadpo.config import Config
 from megadpo.config.check import check_grid
 from megadpo.convert.families import read_shape
+from megadpo.convert.fit import misfits
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.prepare import prepare
@@ -60,6 +61,7 @@ def read_shapes(config: Config, world_size: int) -> Shapes:
         world_size=world_size,
         kv_channels=policy.kv_channels,
     )
+    problems += misfits(policy, config.parallel)
     if problems:
         raise ConfigError("\n".join(problems))
     return Shapes(policy, read_shape(_folder(config.reference.path)) if config.reference.path else policy)

@@ -17,6 +17,7 @@ from megadpo.convert.families.mixtures import (
     routed,
     router,
 )
+from megadpo.convert.quantised import check_method
 from megadpo.convert.rope_json import read_rope
 from megadpo.convert.shape import Experts, LatentAttention, ModelShape
 from megadpo.convert.tables import Family, Weight
@@ -144,6 +145,7 @@ def read_v3(config: ConfigJson) -> ModelShape:
     """Its FP8 files are read (convert/quantised.py)."""
     config.require("scoring_func", "sigmoid")
     config.require("topk_method", "noaux_tc")
+    check_method(config, "fp8")
     shape = _read(config, "deepseek_v3", ("quantization_config",))
     assert shape.experts is not None
     extra = config.get("num_nextn_predict_layers")
