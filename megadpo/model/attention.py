@@ -27,7 +27,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch, Segment
@@ -66,6 +66,8 @@ class StreamParams(PackedSeqParams):
     """sdpa: by window (None: no window) and segment bool [queries, keys], True where attended; None where plain causal
     is meant."""
     varlen: Varlen | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines by row, for latent attention, which rotates inside (model/latent.py)."""
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> Backend:
@@ -131,18 +133,20 @@ class SegmentAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        **latent_widths: int,
     ) -> None:
-        """layer_number: over all pipeline stages, from 1. softmax_scale: None for 1 / sqrt(W)."""
+        """layer_number: over all pipeline stages, from 1. softmax_scale: None for 1 / sqrt(W). latent_widths: what
+        Megatron-Core's latent attention gives beside; they are in the shape."""
         super().__init__(config=config)
         self.backend = backend
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = shape.scores.scale if shape.latent else softmax_scale
         self.soft_cap = shape.scores.soft_cap
         windowed = shape.window is not None and shape.window.layers[layer_number - 1]
         self.window = shape.window.size if shape.window is not None and windowed else None
         assert backend == "sdpa" or not self.soft_cap, f"{backend} attention has no soft cap"
         assert backend != "te" or not self.window, "windows run in sdpa and varlen attention"
         if backend == "te":
-            self.te = _transformer_engine(config, layer_number, softmax_scale)
+            self.te = _transformer_engine(config, shape, layer_number, self.softmax_scale)
 
     def forward(
         self,
@@ -154,7 +158,8 @@ class SegmentAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: StreamParams | None = None,
     ) -> Tensor:
-        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]."""
+        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]; in latent attention values, and so
+        the result, have a width of their own."""
         assert packed_seq_params is not None
         if self.backend == "sdpa":
             masks = packed_seq_params.masks[self.window]
@@ -171,10 +176,11 @@ class SegmentAttention(MegatronModule):
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        width = v.shape[-1]
         output = varlen_attn(
             q,
             k,
-            v,
+            pad(v, (0, q.shape[-1] - width)),  # flash attention wants one width; zeros add nothing
             layout.cu_queries,
             layout.cu_keys,
             layout.longest_query,
@@ -185,7 +191,7 @@ class SegmentAttention(MegatronModule):
             enable_gqa=q.shape[1] != k.shape[1],
         )
         assert isinstance(output, Tensor)
-        return output
+        return output[..., :width]
 
     def _te(self, q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         return self.te(
@@ -202,14 +208,17 @@ class SegmentAttention(MegatronModule):
         )
 
 
-def _transformer_engine(config: TransformerConfig, layer_number: int, softmax_scale: float | None) -> Any:
+def _transformer_engine(
+    config: TransformerConfig, shape: ModelShape, layer_number: int, softmax_scale: float | None
+) -> Any:
     from transformer_engine.pytorch import DotProductAttention
 
+    latent = shape.latent
     heads = config.num_attention_heads // config.tensor_model_parallel_size
     groups = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
     return DotProductAttention(
         heads,
-        config.kv_channels,
+        (latent.query_key_width + latent.rotary_width, latent.value_width) if latent else shape.kv_channels,
         num_gqa_groups=groups,
         attention_dropout=0.0,
         qkv_format="thd",
@@ -227,7 +236,7 @@ def sdpa(
     scale: float | None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """[T, 1, H, W] and twice [T, 1, query groups, W] -> [T, 1, H, W]; padding rows give 0. segments: with their masks,
+    """[T, 1, H, W], [T, 1, query groups, W], values as wide or not -> [T, 1, H, values' width]; padding rows give 0. segments: with their masks,
     as in StreamParams."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, T, W]
     outputs = []
@@ -250,7 +259,7 @@ def sdpa(
         outputs.append(output)
     if covered < query.shape[0]:
         # zero, but part of the graph: a micro-batch without a single group must still reach every parameter
-        outputs.append(q[:, :, covered:] * 0)
+        outputs.append((q[:, :, covered:] * 0).sum(-1, keepdim=True).expand(-1, -1, -1, v.shape[-1]))
     return torch.cat(outputs, 2).permute(2, 0, 1, 3)
 
 

@@ -276,6 +276,7 @@ def build_chunks(
         )
         mark_tensor_parallel(chunk)
         mark_experts(chunk)
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(context.device)
+        if shape.latent is None:
+            chunk.rotary_pos_emb.inv_freq = inverse_frequencies(shape).to(context.device)
         chunks.append(chunk)
     return chunks

@@ -14,7 +14,7 @@ from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.attention import Backend, stream_params
 from megadpo.model.head import LogprobHead
-from megadpo.model.rope import angles, local_frequencies
+from megadpo.model.rope import angles, cosines_and_sines, inverse_frequencies, local_frequencies
 
 
 class Policy(GPTModel):
@@ -33,6 +33,8 @@ class Policy(GPTModel):
         scale = shape.embedding_scale
         # such a family rounds the number to the model's dtype first
         self.embedding_scale = None if scale is None else float(torch.tensor(scale, dtype=self.config.params_dtype))
+        # Latent attention is the one kind for which Megatron-Core builds no table here.
+        self.latent_frequencies = inverse_frequencies(shape) if shape.latent else None
         local = local_frequencies(shape)
         self.local_frequencies = None if local is None else local.to(self.rotary_pos_emb.inv_freq.device)
 
@@ -66,11 +68,15 @@ class Policy(GPTModel):
         # Later stages get their input from the pipeline schedule, through set_input_tensor.
         hidden_TD = self.embedded(batch.tokens_T) if self.pre_process else None
         window = self.shape.window.size if self.shape.window else None
+        params = stream_params(batch, self.attention, window)
+        if self.latent_frequencies is not None:
+            frequencies = self.latent_frequencies.to(batch.positions_T.device)
+            params.rotary = cosines_and_sines(batch.positions_T, frequencies, self.shape)
         return self.decoder(
             hidden_states=hidden_TD,
             attention_mask=None,
-            rotary_pos_emb=self.rotary(batch.positions_T),
-            packed_seq_params=stream_params(batch, self.attention, window),
+            rotary_pos_emb=None if params.rotary else self.rotary(batch.positions_T),
+            packed_seq_params=params,
         )
 
     def embedded(self, tokens_T: Tensor) -> Tensor:

@@ -37,10 +37,11 @@ def local_frequencies(shape: ModelShape) -> Tensor | None:
 def softmax_scale(shape: ModelShape) -> float | None:
     """What attention scores are multiplied by; None for 1 / sqrt(kv_channels).
 
-    yarn enlarges rotated queries and keys by attention_factor each; on scores that is its square.
+    yarn enlarges rotated queries and keys by attention_factor each; on scores that is its square. In latent attention
+    only a part of each head is rotated, so the part itself is enlarged (`cosines_and_sines`).
     """
     factor = shape.rope_scaling.attention_factor if shape.rope_scaling else None
-    if factor is None or factor == 1:
+    if factor is None or factor == 1 or shape.latent is not None:
         return shape.scores.scale
     assert shape.rotary_percent == 1, "channels that are not rotated are not enlarged"
     return factor**2 * (shape.scores.scale or shape.kv_channels**-0.5)
@@ -50,6 +51,13 @@ def angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
     """float32 [T, 1, 1, rotated channels], as Megatron-Core's attention takes them: both halves of a head alike."""
     half = positions_T[:, None].float() * frequencies
     return torch.cat([half, half], -1)[:, None, None]
+
+
+def cosines_and_sines(positions_T: Tensor, frequencies: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor]:
+    """float32 [T, 1, 1, rotated channels / 2] each, enlarged by yarn's attention_factor: for latent attention."""
+    factor = (shape.rope_scaling and shape.rope_scaling.attention_factor) or 1.0
+    half = (positions_T[:, None].float() * frequencies)[:, None, None]
+    return half.cos() * factor, half.sin() * factor
 
 
 class TwoBaseAttention(SelfAttention):
@@ -66,7 +74,7 @@ class TwoBaseAttention(SelfAttention):
 
 
 def _plain(shape: ModelShape, base: float) -> Tensor:
-    rotated = int(shape.kv_channels * shape.rotary_percent)
+    rotated = shape.latent.rotary_width if shape.latent else int(shape.kv_channels * shape.rotary_percent)
     return 1.0 / base ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
 
 

@@ -13,6 +13,8 @@ They are not faults of the CPU: the same code runs on GPUs. Each guard is shown 
 * A killed trainer leaves a manager process behind that keeps its terminal (filesystem_async.py): `queue_here`.
 * Without CUDA, named random states are never applied (tensor_parallel/random.py): `cpu_host`.
 * Without TE, routers call a kernel of it that is not there (moe_utils.py): `route_without_te`.
+* Without TE, latent attention compares layers with TE's classes, which are None (multi_latent_attention.py):
+  `latent_without_te`.
 * Weights that are not initialised are not marked as split and miss in the gradient norm (tensor_parallel/layers.py):
   `model.build.mark_tensor_parallel`.
 """
@@ -36,6 +38,7 @@ def install() -> None:
     strip_bucket_padding()
     stateless_step_adam()
     route_without_te()
+    latent_without_te()
 
 
 def have_te() -> bool:
@@ -81,6 +84,15 @@ def route_without_te() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def latent_without_te() -> None:
+    """multi_latent_attention.py takes TE for installed as soon as Megatron-Core's own wrappers import, which they do
+    without it, too."""
+    from megatron.core.transformer import multi_latent_attention
+
+    if not have_te():
+        multi_latent_attention.HAVE_TE = False
 
 
 def queue_here() -> None:

@@ -18,8 +18,8 @@ from megadpo.convert.families.mixtures import (
     router,
 )
 from megadpo.convert.quantised import check_method
-from megadpo.convert.rope_json import read_rope
-from megadpo.convert.shape import Experts, LatentAttention, ModelShape
+from megadpo.convert.rope_json import magnitude, read_rope
+from megadpo.convert.shape import Experts, LatentAttention, ModelShape, Scores
 from megadpo.convert.tables import Family, Weight
 
 
@@ -53,7 +53,7 @@ SELECTION_BIAS = Weight(
     HF + "mlp.gate.e_score_correction_bias",
     "E",
     lambda s: s.experts is not None and s.experts.selection_bias,
-    has_experts,
+    of_layer=has_experts,
     float32=True,
 )
 WEIGHTS = (
@@ -87,6 +87,7 @@ def _read(config: ConfigJson, family: str, knows: tuple[str, ...]) -> ModelShape
     if latent.rotary_width % 2:
         raise config.wrong("qk_rope_head_dim", "an even number: rotary embedding turns pairs")
     config.require("head_dim", latent.rotary_width)  # where transformers 5 writes it
+    config.require("qk_head_dim", latent.query_key_width + latent.rotary_width)
     config.require("num_key_value_heads", config.integer("num_attention_heads", at_most=4096))
     shape = read_common(
         config,
@@ -110,7 +111,16 @@ def _read(config: ConfigJson, family: str, knows: tuple[str, ...]) -> ModelShape
         router_float32=True,
         shared_ffn_hidden_size=shared * width,
     )
-    return replace(shape, kv_channels=latent.value_width, latent=latent, experts=experts)
+    return replace(
+        shape, kv_channels=latent.value_width, latent=latent, experts=experts, scores=_scores(config, shape, latent)
+    )
+
+
+def _scores(config: ConfigJson, shape: ModelShape, latent: LatentAttention) -> Scores:
+    """yarn with mscale_all_dim enlarges all of queries and keys, not only what is rotated."""
+    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor, exponent = shape.rope_scaling.factor if shape.rope_scaling else 1.0, block.get("mscale_all_dim") or 0.0
+    return Scores(scale=magnitude(factor, exponent) ** 2 * (latent.query_key_width + latent.rotary_width) ** -0.5)
 
 
 def _grouped(config: ConfigJson, experts: Experts, group_score: int) -> Experts:
