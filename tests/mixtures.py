@@ -72,6 +72,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False}
         | {"rope_parameters": PLAIN, "rope_interleave": False, "num_nextn_predict_layers": 0},
     ),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "intermediate_size": 32}
+        | {"sliding_window": 6, "swiglu_limit": 1.5, "rope_parameters": YARN | {"truncate": False}},
+    ),
 }
 """Family name in transformers, and its config."""
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from megadpo.convert.config_json import ConfigJson
 from megadpo.convert.families import megatron_tensors, read_shape
 from megadpo.convert.hf_files import INDEX, WHOLE, all_finite, by, some
+from megadpo.convert.quantised import FIELD as QUANTISED
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import MegatronTensor, hf_shapes
 from megadpo.convert.torch_dist import TorchDist
@@ -40,6 +41,9 @@ COPIED = (
     *("chat_template.*", "additional_chat_templates/*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 """Copied byte for byte, never saved anew: what one version of transformers writes another may not read."""
+PREDICTION_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
+EXPERT = r"(.+\.experts\.experts\.)(\d+)\.(.+)"
+"""Key of one expert's tensor; stored, the experts of a layer are usually one tensor."""
 MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 """How the keys of the model's own tensors begin; the others are the optimizer's and the trainer's."""
 
@@ -56,6 +60,13 @@ class Source:
     @property
     def values(self) -> int:
         return prod(self.tensor.shape)
+
+    def written(self, dtype: torch.dtype) -> torch.dtype:
+        """Its dtype in an export to `dtype`."""
+        return torch.float32 if self.tensor.float32 else dtype
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return self.values * self.written(dtype).itemsize
 
 
 def export_hf(
@@ -84,9 +95,9 @@ def export_hf(
     checkpoint = TorchDist(checkpoint_dir)
     sources = find(checkpoint, shape, source)
     name = dtype or _dtype_of(config, checkpoint.dtype(sources[0].key))
-    shards = _shards(sources, DTYPES[name].itemsize, max_shard_bytes)
+    shards = _shards(sources, DTYPES[name], max_shard_bytes)
     copies = sorted(file for pattern in COPIED for file in source.glob(pattern) if file.is_file())
-    total = sum(x.values for x in sources) * DTYPES[name].itemsize
+    total = sum(x.bytes(DTYPES[name]) for x in sources)
     _check_space(out, total + sum(file.stat().st_size for file in copies))
     partial = out.with_name(out.name + ".partial")
     report = _adding(progress, total)
@@ -116,19 +127,18 @@ def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]
     """
     found, missing, misshapen, used = [], [], [], set()
     for tensor in megatron_tensors(shape).values():
-        place = next((x for x in _spellings(tensor.key) if x[0] in checkpoint.tensors), None)
+        place = next((x for x in _spellings(tensor, shape.num_layers) if x[0] in checkpoint.tensors), None)
         if place is None:
             missing.append(tensor.key)
             continue
-        key, layer, half = place
+        key, stacks, half = place
         used.add(key)
         stored, dtype = checkpoint.shape(key), checkpoint.dtype(key)
-        layers = shape.num_layers if layer else None
-        if dtype not in CODES or not _fits(stored, tensor, layers, halved=half is not None):
+        if dtype not in CODES or not _fits(stored, tensor, stacks, halved=half is not None):
             misshapen.append(f"{key} ({by(stored)}, {dtype})")
             continue
-        start = (*layer, (half or 0) * tensor.shape[0], *(0 for _ in tensor.shape[1:]))
-        found.append(Source(tensor, key, start, (*(1 for _ in layer), *tensor.shape)))
+        start = (*(index for index, _ in stacks), (half or 0) * tensor.shape[0], *(0 for _ in tensor.shape[1:]))
+        found.append(Source(tensor, key, start, (*(1 for _ in stacks), *tensor.shape)))
     extra = [key for key in checkpoint.tensors if key.startswith(MODEL_KEYS) and key not in used]
     problems = (
         some("missing: ", missing),
@@ -141,26 +151,31 @@ def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]
     return found
 
 
-def _fits(stored: tuple[int, ...], tensor: MegatronTensor, layers: int | None, halved: bool) -> bool:
-    """Whether a stored tensor holds this one: all layers in front, as one of two halves, with padding."""
-    if layers is not None:
-        if stored[:1] != (layers,):
-            return False
-        stored = stored[1:]
+Stacks = tuple[tuple[int, int], ...]
+"""Leading axes of a stored tensor that holds a weight of all layers, or of all experts: (which one, how many)."""
+
+
+def _fits(stored: tuple[int, ...], tensor: MegatronTensor, stacks: Stacks, halved: bool) -> bool:
+    """Whether a stored tensor holds this one: all layers or experts in front, as one of two halves, with padding."""
+    if stored[: len(stacks)] != tuple(count for _, count in stacks):
+        return False
+    stored = stored[len(stacks) :]
     rows = tensor.shape[0] * (2 if halved else 1)
     same = stored[:1] == (rows,) or (tensor.padded and len(stored) > 0 and stored[0] > rows)
     return same and stored[1:] == tensor.shape[1:]
 
 
-def _spellings(key: str) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """(stored key, layer number where layers are stacked, 0 gate or 1 up where the two are one tensor)."""
-    names: list[tuple[str, tuple[int, ...]]] = [(key, ())]
-    if layered := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", key):
-        names.append((layered[1] + layered[3], (int(layered[2]),)))
-    for name, layer in names:
-        yield name, layer, None
+def _spellings(tensor: MegatronTensor, layers: int) -> Iterator[tuple[str, Stacks, int | None]]:
+    """(stored key, what is stacked in it, 0 gate or 1 up where the two are one tensor)."""
+    names: list[tuple[str, Stacks]] = [(tensor.key, ())]
+    for pattern, count in ((r"(decoder\.layers\.)(\d+)\.(.+)", layers), (EXPERT, tensor.experts)):
+        for name, stacks in tuple(names):
+            if numbered := re.fullmatch(pattern, name):
+                names.append((numbered[1] + numbered[3], (*stacks, (int(numbered[2]), count))))
+    for name, stacks in names:
+        yield name, stacks, None
         if name.endswith(("_w", "_v")):
-            yield name[:-2], layer, "wv".index(name[-1])
+            yield name[:-2], stacks, "wv".index(name[-1])
 
 
 def _dtype_of(config: ConfigJson, stored: torch.dtype) -> str:
@@ -171,12 +186,12 @@ def _dtype_of(config: ConfigJson, stored: torch.dtype) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == stored), "bfloat16")
 
 
-def _shards(sources: Sequence[Source], item_bytes: int, limit: int) -> dict[str, list[Source]]:
+def _shards(sources: Sequence[Source], dtype: torch.dtype, limit: int) -> dict[str, list[Source]]:
     """Files by name. What Megatron keeps as one tensor stays in one file."""
     files: list[list[Source]] = [[]]
     size = 0
     for group in _sharing(sources):
-        count = sum(source.values for source in group) * item_bytes
+        count = sum(source.bytes(dtype) for source in group)
         if files[-1] and size + count > limit:
             files.append([])
             size = 0
@@ -219,16 +234,17 @@ def _write_shard(
 ) -> None:
     """One safetensors file, tensor by tensor: length of the header, header as JSON, data."""
     shapes = hf_shapes(*(source.tensor for source in sources))
-    ends = list(accumulate(prod(dims) * dtype.itemsize for dims in shapes.values()))
+    dtypes = {name: source.written(dtype) for source in sources for name in hf_shapes(source.tensor)}
+    ends = list(accumulate(prod(dims) * dtypes[name].itemsize for name, dims in shapes.items()))
     header: dict = {"__metadata__": {"format": "pt"}}
     for (name, dims), start, end in zip(shapes.items(), [0, *ends], ends, strict=False):
-        header[name] = {"dtype": CODES[dtype], "shape": dims, "data_offsets": [start, end]}
+        header[name] = {"dtype": CODES[dtypes[name]], "shape": dims, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for group in _sharing(sources):
-            for tensor in _hf_tensors(group, dtype, checkpoint):
+            for tensor in _hf_tensors(group, group[0].written(dtype), checkpoint):
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
                 report(tensor.nbytes)
 
@@ -237,7 +253,12 @@ def _hf_tensors(sources: list[Source], dtype: torch.dtype, checkpoint: TorchDist
     """The Hugging Face tensors that these are all the parts of, contiguous, in the order of `hf_shapes`."""
     parts = [(x.tensor, checkpoint.read(x.key, x.start, x.size).view(x.tensor.shape)) for x in sources]
     for name, dims in hf_shapes(*(tensor for tensor, _ in parts)).items():
-        if len(parts) == len(parts[0][0].rows) == 1:
+        if parts[0][0].stacked:
+            values = torch.empty(dims, dtype=dtype)
+            for tensor, whole in parts:
+                assert tensor.stacked is not None
+                values[tensor.expert, ..., tensor.stacked.start :: tensor.stacked.step] = whole.t()
+        elif len(parts) == len(parts[0][0].rows) == 1:
             values = parts[0][1].to(dtype)
         else:
             values = torch.empty(dims, dtype=dtype)
@@ -260,10 +281,16 @@ def _write_index(path: Path, shards: dict[str, list[Source]], total: int) -> Non
 
 
 def _write_config(path: Path, config: ConfigJson, dtype: str) -> None:
-    """The source's config.json; byte for byte, unless it says another dtype than what was written."""
+    """The source's config.json; byte for byte, unless it says another dtype than what was written, weights that are
+    quantised, or layers behind the last, which are not written.
+    """
     spelled = [field for field in ("dtype", "torch_dtype") if config.get(field)] or ["torch_dtype"]
-    if all(config.get(field) == dtype for field in spelled):
+    extra = [field for field in PREDICTION_FIELDS if config.get(field)]
+    quantised = config.get(QUANTISED) is not None
+    if all(config.get(field) == dtype for field in spelled) and not extra and not quantised:
         shutil.copyfile(config.path, path)
         return
-    changed = config.values | dict.fromkeys(spelled, dtype)
+    changed = config.values | dict.fromkeys(spelled, dtype) | dict.fromkeys(extra, 0)
+    if quantised:
+        del changed[QUANTISED]
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

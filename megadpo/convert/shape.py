@@ -90,7 +90,7 @@ class Experts:
     bias: bool = False
     """Biases in router and experts."""
     clamp: float | None = None
-    """gpt-oss: gate and up are cut off at this, up gets 1 added, and the gate's sigmoid 1.702 times its input."""
+    """gpt-oss: gate and up projections are cut off at this (the gate only above), and up gets 1 added."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class ModelShape:
     proj_bias: bool = False
     """Bias of the attention's output projection."""
     mlp_bias: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "quick_gelu"] = "silu"
+    """quick_gelu: x * sigmoid(1.702 x)."""
     norms: Norms = Norms()
     window: Window | None = None
     scores: Scores = Scores()

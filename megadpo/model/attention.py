@@ -3,8 +3,8 @@ with a window it sees the last so many of those rows: a segment's rows follow th
 
 Three back ends behind one module. All give the same numbers; none is quadratic in the stream where groups are short.
 
-* sdpa: torch's scaled_dot_product_attention, a call per segment. Every device and dtype. With a soft cap on scores,
-  which no fused kernel of torch or Transformer Engine has, the same written out.
+* sdpa: torch's scaled_dot_product_attention, a call per segment. Every device and dtype. With a soft cap on scores, or
+  with sinks, which torch's fused kernels do not have (Transformer Engine's not for every shape), the same written out.
 * varlen: torch's own variable-length flash attention, one call. CUDA, 16-bit.
 * te: Transformer Engine's DotProductAttention in its packed (thd) format, one call. CUDA, 16-bit.
 
@@ -26,6 +26,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -72,7 +73,7 @@ class StreamParams(PackedSeqParams):
 
 def choose_backend(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> Backend:
     """The fastest that is there and computes this model exactly."""
-    if device.type != "cuda" or dtype == torch.float32 or shape.scores.soft_cap:
+    if device.type != "cuda" or dtype == torch.float32 or shape.scores.soft_cap or shape.sinks:
         return "sdpa"
     return "te" if mcore_fixes.have_te() and not shape.window else "varlen"
 
@@ -143,8 +144,13 @@ class SegmentAttention(MegatronModule):
         self.soft_cap = shape.scores.soft_cap
         windowed = shape.window is not None and shape.window.layers[layer_number - 1]
         self.window = shape.window.size if shape.window is not None and windowed else None
-        assert backend == "sdpa" or not self.soft_cap, f"{backend} attention has no soft cap"
+        assert backend == "sdpa" or not (self.soft_cap or shape.sinks), f"{backend} attention has no soft cap, no sinks"
         assert backend != "te" or not self.window, "windows run in sdpa and varlen attention"
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if shape.sinks:  # Megatron-Core's name for them
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            device = None if config.use_cpu_initialization else torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
         if backend == "te":
             self.te = _transformer_engine(config, shape, layer_number, self.softmax_scale)
 
@@ -164,7 +170,7 @@ class SegmentAttention(MegatronModule):
         if self.backend == "sdpa":
             masks = packed_seq_params.masks[self.window]
             segments = zip(packed_seq_params.segments, masks, strict=True)
-            output = sdpa(query, key, value, segments, self.softmax_scale, self.soft_cap)
+            output = sdpa(query, key, value, segments, self.softmax_scale, self.soft_cap, self.softmax_offset)
         else:
             layout = packed_seq_params.varlen
             assert layout is not None
@@ -172,6 +178,11 @@ class SegmentAttention(MegatronModule):
             k, v = (x[:, 0].index_select(0, layout.keys_K) for x in (key, value))
             output = kernel(query[:, 0], k, v, layout)
         return output.reshape(query.shape[0], 1, -1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Sinks are split over tensor-parallel ranks as the heads are."""
+        kept = self.state_dict(prefix="", keep_vars=True) if self.softmax_offset is not None else {}
+        return make_sharded_tensors_for_checkpoint(kept, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, layout: Varlen) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -235,6 +246,7 @@ def sdpa(
     segments: Iterable[tuple[Segment, Tensor | None]],
     scale: float | None,
     soft_cap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """[T, 1, H, W], [T, 1, query groups, W], values as wide or not -> [T, 1, H, values' width]; padding rows give 0. segments: with their masks,
     as in StreamParams."""
@@ -244,8 +256,9 @@ def sdpa(
     for segment, mask in segments:
         covered = segment.end
         own = q[:, :, segment.start : segment.end]
-        if soft_cap:
-            output = _capped(own, _with_prompt(k, segment), _with_prompt(v, segment), mask, scale, soft_cap)
+        if soft_cap or sinks_H is not None:
+            keys, values = _with_prompt(k, segment), _with_prompt(v, segment)
+            output = _written_out(own, keys, values, mask, scale, soft_cap, sinks_H)
         else:
             output = scaled_dot_product_attention(
                 own,
@@ -259,19 +272,36 @@ def sdpa(
         outputs.append(output)
     if covered < query.shape[0]:
         # zero, but part of the graph: a micro-batch without a single group must still reach every parameter
-        outputs.append((q[:, :, covered:] * 0).sum(-1, keepdim=True).expand(-1, -1, -1, v.shape[-1]))
+        zero = (q[:, :, covered:] * 0).sum(-1, keepdim=True)
+        if sinks_H is not None:
+            zero = zero + sinks_H[:, None, None] * 0
+        outputs.append(zero.expand(-1, -1, -1, v.shape[-1]))
     return torch.cat(outputs, 2).permute(2, 0, 1, 3)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, soft_cap: float) -> Tensor:
-    """Attention with scores soft_cap * tanh(scale * q k / soft_cap), these and the softmax in float32 (Gemma 2,
-    2408.00118, section 2). [1, H, Q, W] and twice [1, query groups, K, W] -> [1, H, Q, W]."""
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    soft_cap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention with scores soft_cap * tanh(scale * q k / soft_cap) (Gemma 2, 2408.00118, section 2), and a number per
+    head that stands among the scores and has no value (gpt-oss; Xiao et al. 2023, 2309.17453, equation 2 is its form
+    with 0); scores and softmax in float32. [1, H, Q, W] and twice [1, query groups, K, W] -> [1, H, Q, W]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = soft_cap * torch.tanh(scores / soft_cap)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks_H is not None:
+        sinks = sinks_H.float()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)
+    return scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
 
 
 def _with_prompt(x: Tensor, segment: Segment) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from megadpo_kernels import Backend as LogprobBackend
 from megadpo_kernels import triton_problem
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -138,7 +139,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
 def block_spec(
@@ -212,6 +213,8 @@ def mark_tensor_parallel(chunk: Policy) -> None:
             _mark(module.weight, dim=1)
         elif isinstance(module, ProjectionNorm):
             _mark(module.weight, dim=0)
+        elif isinstance(module, SegmentAttention) and module.softmax_offset is not None:
+            _mark(module.softmax_offset, dim=0)
 
 
 def _mark(weight: torch.nn.Parameter, dim: int) -> None:

@@ -36,6 +36,8 @@ def expert_options(experts: Experts, parallel: ParallelConfig, te: bool) -> dict
         "moe_router_pre_softmax": True,  # read by nobody here; Megatron-Core refuses top-1 without it
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": te,
+        "activation_func_clamp_value": experts.clamp,
+        "glu_linear_offset": 0.0 if experts.clamp is None else 1.0,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(parallel),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from megadpo.convert.config_json import ConfigJson
 from megadpo.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megadpo.convert.families.gemma import GEMMA2, GEMMA3
+from megadpo.convert.families.gpt_oss import GPT_OSS
 from megadpo.convert.families.llama import LLAMA
 from megadpo.convert.families.mistral import MISTRAL
 from megadpo.convert.families.mixtral import MIXTRAL
@@ -20,7 +21,7 @@ from megadpo.errors import ModelError
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3),
-    *(MIXTRAL, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
+    *(MIXTRAL, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS),
 )
 
 

@@ -97,17 +97,15 @@ def _read(config: ConfigJson, family: str, knows: tuple[str, ...]) -> ModelShape
         head_dim=latent.value_width,
     )
     count, per_token = read_counts(config, "n_routed_experts", "num_experts", "num_local_experts")
-    width, plain = config.integer("moe_intermediate_size"), config.get("first_k_dense_replace") or 0
-    if not isinstance(plain, int) or isinstance(plain, bool) or not 0 <= plain <= shape.num_layers:
-        raise config.wrong("first_k_dense_replace", f"a whole number from 0 to {shape.num_layers}")
-    shared = config.integer("n_shared_experts") if config.get("n_shared_experts") else 0
-    factor = 1.0 if config.get("routed_scaling_factor") is None else config.number("routed_scaling_factor")
+    width = config.integer("moe_intermediate_size")
+    plain = config.integer("first_k_dense_replace", default=0, at_most=shape.num_layers, least=0)
+    shared = config.integer("n_shared_experts", default=0, least=0)
     experts = Experts(
         count,
         per_token,
         width,
         (False,) * plain + (True,) * (shape.num_layers - plain),
-        scaling=factor,
+        scaling=config.number("routed_scaling_factor", default=1.0),
         router_float32=True,
         shared_ffn_hidden_size=shared * width,
     )
@@ -158,7 +156,7 @@ def read_v3(config: ConfigJson) -> ModelShape:
     check_method(config, "fp8")
     shape = _read(config, "deepseek_v3", ("quantization_config",))
     assert shape.experts is not None
-    extra = config.get("num_nextn_predict_layers")
+    extra = "num_mtp_layers" if config.get("num_nextn_predict_layers") is None else "num_nextn_predict_layers"
     experts = replace(
         shape.experts,
         score="sigmoid",
@@ -168,7 +166,7 @@ def read_v3(config: ConfigJson) -> ModelShape:
     return replace(
         shape,
         experts=_grouped(config, experts, group_score=2),
-        prediction_layers=config.integer("num_nextn_predict_layers", at_most=64) if extra else 0,
+        prediction_layers=config.integer(extra, default=0, at_most=64, least=0),
     )
 
 
