@@ -27,6 +27,24 @@ WIDE = {"head_dim": 32}
 """Wide enough for yarn to keep, blend and slow down some channels each."""
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 GEMMA = {"sliding_window": 7, "head_dim": 12, "query_pre_attn_scalar": 20, "tie_word_embeddings": True}
+EXPERTS = ("TP1", "EP2", "TP2 SP", "TP2 EP2", "PP2", "TP2 PP2 SP", "TP2 PP2 EP2")
+DEALT = tuple(grid for grid in EXPERTS if not grid.endswith("SP"))
+"""Experts with biases are not split over tensor-parallel ranks."""
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 10,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK_YARN = YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}
+GROUPED = {"n_group": 4, "topk_group": 2, "q_lora_rank": 20, "n_shared_experts": 1, "rope_parameters": DEEPSEEK_YARN}
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,48 @@ ROWS = {
     ),
     "phi3": Row("Phi3Config", {"sliding_window": 7, "rope_parameters": PLAIN | {"partial_rotary_factor": 0.67}}),
     "phi3, all rotated": Row("Phi3Config", {"tie_word_embeddings": True}),
+    "mixtral": Row("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 10}, EXPERTS),
+    "mixtral, one expert a token": Row(
+        "MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7}, EXPERTS
+    ),
+    "qwen3_moe": Row(
+        "Qwen3MoeConfig",
+        QWEN_MOE | WIDE | {"mlp_only_layers": [1], "norm_topk_prob": True, "rope_parameters": YARN},
+        EXPERTS,
+    ),
+    "qwen3_moe, scores as they are": Row(
+        "Qwen3MoeConfig",
+        QWEN_MOE
+        | {"decoder_sparse_step": 2, "tie_word_embeddings": True, "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 7},
+        EXPERTS,
+    ),
+    "deepseek_v2": Row(
+        "DeepseekV2Config",
+        DEEPSEEK | GROUPED | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.3},
+        EXPERTS,
+    ),
+    "deepseek_v2, lite": Row(
+        "DeepseekV2Config",
+        DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 0, "rope_parameters": PLAIN},
+        EXPERTS,
+    ),
+    "deepseek_v3": Row(
+        "DeepseekV3Config", DEEPSEEK | GROUPED | {"routed_scaling_factor": 1.7, "num_nextn_predict_layers": 0}, EXPERTS
+    ),
+    "deepseek_v3, odd": Row(
+        "DeepseekV3Config",
+        DEEPSEEK
+        | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False}
+        | {"rope_parameters": PLAIN, "rope_interleave": False, "num_nextn_predict_layers": 0},
+        EXPERTS,
+    ),
+    "gpt_oss": Row(
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 6, "swiglu_limit": 1.5}
+        | {"rope_parameters": YARN | {"truncate": False}},
+        DEALT,
+    ),
 }
 
 
@@ -98,7 +158,8 @@ def write(name: str, folder: Path) -> Path:
     config = getattr(transformers, row.config)(**(COMMON | row.fields))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        biases = [(key, buffer) for key, buffer in model.named_buffers() if "correction_bias" in key]
+        for key, weight in (*model.named_parameters(), *biases):
             noise = torch.randn_like(weight)
             if weight.dim() == 1:
                 weight.add_(noise * 0.3)

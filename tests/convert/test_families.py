@@ -11,7 +11,18 @@ import pytest
 import torch
 from distributed import run_ranks
 from families_table import ROWS, write
-from test_round_trip import GRIDS, TOKENS, convert, every_token, forward, judge, tokens, weights
+from test_round_trip import (
+    EXPERT_GRIDS,
+    GRIDS,
+    TOKENS,
+    convert,
+    every_token,
+    forward,
+    judge,
+    ranks_of,
+    tokens,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 
 from megadpo.config import ParallelConfig
@@ -41,7 +52,7 @@ def results(folders: dict[str, Path], checkpoints: Path) -> dict[tuple, list[dic
     """What each rank found, by (model, grid)."""
     found: dict[tuple, list[dict]] = {}
     for world in (1, 2, 4):
-        for grid in (name for name, (tensor, pipeline, _) in GRIDS.items() if tensor * pipeline == world):
+        for grid in (name for name, sizes in (GRIDS | EXPERT_GRIDS).items() if ranks_of(sizes) == world):
             models = {name: folders[name] for name, row in ROWS.items() if grid in row.grids}
             if models:
                 ranks = run_ranks(world, convert, models, [grid], checkpoints)

@@ -24,14 +24,28 @@ TOKENS = 40
 """More than the 16 that the llama3 models say they were first trained on: positions inside and past it."""
 STORIES = "stories260k"
 NAMES = (*MODELS, STORIES)
-GRIDS = {  # tensor, pipeline, virtual
-    "TP1": (1, 1, None),
-    "TP2": (2, 1, None),
-    "PP2": (1, 2, None),
-    "PP2 virtual": (1, 2, 2),
-    "TP2 PP2": (2, 2, None),
-    "TP4": (4, 1, None),
+GRIDS = {
+    "TP1": ParallelConfig(),
+    "TP2": ParallelConfig(2),
+    "PP2": ParallelConfig(1, 2),
+    "PP2 virtual": ParallelConfig(1, 2, 2),
+    "TP2 PP2": ParallelConfig(2, 2),
+    "TP4": ParallelConfig(4),
 }
+EXPERT_GRIDS = {
+    "TP2 SP": ParallelConfig(2, sequence_parallel=True),
+    "EP2": ParallelConfig(expert_model_parallel_size=2),
+    "TP2 EP2": ParallelConfig(2, expert_model_parallel_size=2, sequence_parallel=True),
+    "TP2 PP2 SP": ParallelConfig(2, 2, sequence_parallel=True),
+    "TP2 PP2 EP2": ParallelConfig(2, 2, expert_model_parallel_size=2, sequence_parallel=True),
+}
+"""For models with experts, which need sequence parallelism beside tensor parallelism."""
+
+
+def ranks_of(grid: ParallelConfig) -> int:
+    """Ranks of the smallest world that the grid fits in."""
+    tensor = grid.tensor_model_parallel_size
+    return grid.pipeline_model_parallel_size * max(tensor, grid.expert_model_parallel_size)
 
 
 def tokens(vocab: int) -> torch.Tensor:
@@ -61,7 +75,8 @@ def forward(chunks: list, context: Any, batch: PackedBatch, vocab: int) -> torch
     """
     stages = context.pipeline_size * len(chunks)
     ranks = torch.distributed.get_process_group_ranks(context.groups.pp)
-    hidden = torch.empty(len(batch.tokens_T), 1, chunks[0].config.hidden_size)
+    rows = len(batch.tokens_T) // (context.tensor_size if context.sequence_parallel else 1)
+    hidden = torch.empty(rows, 1, chunks[0].config.hidden_size)
     for stage in range(stages):
         number, owner = divmod(stage, context.pipeline_size)
         if context.pipeline_rank == owner:
@@ -85,8 +100,7 @@ def convert(device: torch.device, folders: dict[str, Path], grids: list[str], ou
 
     results = {}
     for name in grids:
-        tensor, pipeline, virtual = GRIDS[name]
-        parallel = ParallelConfig(tensor, pipeline, virtual)
+        parallel = (GRIDS | EXPERT_GRIDS)[name]
         with grid(parallel, device, seed=0) as context:
             for model, folder in folders.items():
                 shape = read_shape(folder)
@@ -125,7 +139,7 @@ def results(folders: dict[str, Path], checkpoints: Path) -> dict[tuple, list[dic
     """What each rank found, by (model, grid)."""
     found: dict[tuple, list[dict]] = {}
     for world in (1, 2, 4):
-        grids = [name for name, (tensor, pipeline, _) in GRIDS.items() if tensor * pipeline == world]
+        grids = [name for name, grid in GRIDS.items() if ranks_of(grid) == world]
         ranks = run_ranks(world, convert, folders, grids, checkpoints)
         found |= {job: [rank[job] for rank in ranks] for job in ranks[0]}
     return found
@@ -156,7 +170,7 @@ def test_ranks_compute_what_transformers_computes(
     ranks = results[model, grid]
     assert [rank["not filled"] for rank in ranks] == [[] for _ in ranks]
     computed = [rank["logprobs"] for rank in ranks if rank["logprobs"] is not None]
-    assert len(computed) == GRIDS[grid][0]  # every tensor rank of the last stage
+    assert len(computed) == GRIDS[grid].tensor_model_parallel_size  # every tensor rank of the last stage
     for found in computed:
         assert (found - logprobs[model]).abs().max() < 1e-4
 
