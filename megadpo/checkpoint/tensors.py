@@ -33,6 +33,7 @@ METADATA = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+"""Give Megatron-Core a copy: it writes the process group of the moment into the dictionary."""
 
 
 def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context: ParallelContext) -> Path:
@@ -48,7 +49,7 @@ def save(state: TrainState, run_dir: Path, total_steps: int, keep: int, context:
     dist.barrier()
     with settled(state.chunks), storage_errors(partial), removed_on_failure(partial):
         try:
-            dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=METADATA)
+            dist_checkpointing.save(_sharded(state, is_loading=False), str(partial), content_metadata=dict(METADATA))
         except (CheckpointException, CheckpointingException, RuntimeError) as error:
             # The writers are processes of Megatron-Core's; a full disk reaches us as text in their exception.
             for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -76,7 +77,7 @@ def load(state: TrainState, folder: Path) -> Saved:
 def load_weights(modules: list[Any], folder: Path) -> Saved:
     """Fill only the model chunks, as evaluation needs it; every rank calls it."""
     saved = read_state(folder)
-    sharded = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(modules)}
+    sharded = {f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(modules)}
     loaded = _read(sharded, folder, "give another checkpoint, or the model that it was trained from")
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)
@@ -99,5 +100,5 @@ def _read(sharded: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
 
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
     """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
-    modules = {f"model{i}": module.sharded_state_dict(metadata=METADATA) for i, module in enumerate(state.modules)}
-    return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=METADATA)}
+    modules = {f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(state.modules)}
+    return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=dict(METADATA))}

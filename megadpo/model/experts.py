@@ -48,9 +48,24 @@ def use_experts(layer: TransformerLayerSubmodules, experts: Experts, norm: type)
     which with Transformer Engine is not part of the first linear layer here."""
     te = mcore_fixes.have_te()
     layer.mlp = get_moe_module_spec(use_te=te, num_experts=experts.count, moe_grouped_gemm=te)
+    if experts.bias and not te:
+        expert = layer.mlp.submodules.experts.submodules
+        expert.linear_fc2 = _own_result(expert.linear_fc2)
     layer.mlp.submodules.router = ModuleSpec(ExpertChoice, params={"experts": experts})
     layer.pre_mlp_layernorm = norm
     layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)  # so it has a key of its own, with TE or without
+
+
+def _own_result(layer: type) -> type:
+    """The linear layer, with a result that may be changed in place: Megatron-Core's MLP adds an expert's bias so (mlp.py),
+    and torch forbids it for what its reduction over ranks hands through."""
+
+    class OwnResult(layer):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x)
+            return output.clone(), bias
+
+    return OwnResult
 
 
 class ExpertChoice(Router):

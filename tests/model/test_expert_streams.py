@@ -70,5 +70,7 @@ def test_a_shared_prompt_equals_every_response_alone(name: str, tmp_path: Path) 
         assert difference < 2e-5, f"case {number}: {difference:.1e}"
         got = assemble([result], "gradients", VOCAB)
         assert got.keys() == want.keys()
-        wrong = {k: float((got[k] - want[k]).norm() / want[k].norm().clamp(min=1e-6)) for k in want}
+        # With one expert a token its weight is 1, and the router's gradient rounding noise in both.
+        least = 1e-3 * max(float(x.norm()) for x in want.values())
+        wrong = {k: float((got[k] - want[k]).norm() / want[k].norm().clamp(min=least)) for k in want}
         assert {k: x for k, x in wrong.items() if not x < 5e-5} == {}, f"case {number}"
