@@ -226,12 +226,15 @@ def mark_experts(chunk: Policy) -> None:
     """Say which weights are experts'. Megatron-Core does it only where experts are dealt to several ranks; done always,
     optimizer state has one layout for all grids, and every checkpoint loads on every grid.
 
-    Experts, biases too, count in the gradient norm on every rank: each has others, or other parts of them.
+    Experts, biases too, count in the gradient norm on every rank: each has others, or other parts of them. For the same
+    reason their biases are not to be summed over tensor-parallel ranks, as Megatron-Core does under sequence
+    parallelism.
     """
     for module in chunk.modules():
         if isinstance(module, MoELayer):
             for parameter in module.experts.parameters():
                 parameter.allreduce = False  # with the expert-data-parallel ranks only
+                parameter.sequence_parallel = False
                 _mark(parameter, dim=0)
 
 

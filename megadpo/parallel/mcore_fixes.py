@@ -17,6 +17,12 @@ They are not faults of the CPU: the same code runs on GPUs. Each guard is shown 
   `latent_without_te`.
 * Weights that are not initialised are not marked as split and miss in the gradient norm (tensor_parallel/layers.py):
   `model.build.mark_tensor_parallel`.
+* Experts' biases are summed over tensor-parallel ranks under sequence parallelism, though each rank has other experts
+  (tensor_parallel/layers.py); experts that are neither split nor dealt out are not summed where they should be (the
+  same); the bias is added in place to what autograd calls a view (mlp.py): `model.build.mark_experts`,
+  `parallel.context.expert_tensor_size`, `model.experts`, all shown by tests/train/test_experts.py.
+* Latent attention counts positions from the start of the stream, and without TE does not sum the rotary key's gradient
+  over tensor-parallel ranks (multi_latent_attention.py): `model.latent`, shown by tests/train/test_experts.py.
 """
 
 from __future__ import annotations
