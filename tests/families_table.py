@@ -107,7 +107,7 @@ ROWS = {
     "phi3, all rotated": Row("Phi3Config", {"tie_word_embeddings": True}),
     "mixtral": Row("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 10}, EXPERTS),
     "mixtral, one expert a token": Row(
-        "MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7}, EXPERTS
+        "MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 7}, ("TP1", "EP2")
     ),
     "qwen3_moe": Row(
         "Qwen3MoeConfig",
@@ -119,7 +119,7 @@ ROWS = {
         QWEN_MOE
         | {"decoder_sparse_step": 2, "tie_word_embeddings": True, "attention_bias": True}
         | {"use_sliding_window": True, "sliding_window": 7},
-        EXPERTS,
+        ("TP1", "TP2 SP", "PP2"),
     ),
     "deepseek_v2": Row(
         "DeepseekV2Config",
@@ -129,7 +129,7 @@ ROWS = {
     "deepseek_v2, lite": Row(
         "DeepseekV2Config",
         DEEPSEEK | {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 0, "rope_parameters": PLAIN},
-        EXPERTS,
+        ("TP1", "TP2 EP2", "PP2"),
     ),
     "deepseek_v3": Row(
         "DeepseekV3Config", DEEPSEEK | GROUPED | {"routed_scaling_factor": 1.7, "num_nextn_predict_layers": 0}, EXPERTS
@@ -139,7 +139,7 @@ ROWS = {
         DEEPSEEK
         | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "n_shared_experts": 2, "norm_topk_prob": False}
         | {"rope_parameters": PLAIN, "rope_interleave": False, "num_nextn_predict_layers": 0},
-        EXPERTS,
+        ("TP1", "TP2 SP", "PP2"),
     ),
     "gpt_oss": Row(
         "GptOssConfig",
@@ -150,12 +150,12 @@ ROWS = {
 }
 
 
-def write(name: str, folder: Path) -> Path:
-    """One of ROWS as a Hugging Face folder. No norm, bias or embedding is as transformers initialises it: defaults hide
-    most mistakes."""
+def write(name: str, folder: Path, **changes: Any) -> Path:
+    """One of ROWS as a Hugging Face folder, perhaps with other fields. No norm, bias or embedding is as transformers
+    initialises it: defaults hide most mistakes."""
     row = ROWS[name]
     torch.manual_seed(sorted(ROWS).index(name))
-    config = getattr(transformers, row.config)(**(COMMON | row.fields))
+    config = getattr(transformers, row.config)(**(COMMON | row.fields | changes))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         biases = [(key, buffer) for key, buffer in model.named_buffers() if "correction_bias" in key]

@@ -100,5 +100,7 @@ def _read(sharded: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
 
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
     """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
-    modules = {f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(state.modules)}
+    modules = {
+        f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(state.modules)
+    }
     return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=dict(METADATA))}

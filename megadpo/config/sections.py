@@ -81,7 +81,8 @@ class ParallelConfig:
     """Ranks that a layer's experts are dealt to; it must divide tensor x data. With 1, every expert is split over the
     tensor-parallel ranks instead."""
     sequence_parallel: bool = False
-    """Split activations outside attention and MLP over the tensor-parallel ranks. Models with experts need it where tensor_model_parallel_size is over 1."""
+    """Split activations outside attention and MLP over the tensor-parallel ranks. Models with experts need it where
+    tensor_model_parallel_size is over 1."""
     use_distributed_optimizer: bool = True
     """Shard master weights and moments over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

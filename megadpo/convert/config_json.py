@@ -96,7 +96,7 @@ class ConfigJson:
             raise self.wrong(field, "true or false")
         return value
 
-    def require(self, field: str, *allowed: str | int) -> None:
+    def require(self, field: str, *allowed: str | float) -> None:
         """The field, where present, must have one of these values: others change what the model computes."""
         value = self.get(field)
         if value is not None and value not in allowed:

@@ -29,6 +29,8 @@ GROUP = 32
 """Numbers of one mxfp4 scale."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by the lower three bits; the fourth is the sign."""
+E8M0 = (*(2.0 ** (code - 127) for code in range(255)), float("nan"))
+"""What a scale's byte means."""
 
 
 def check_method(config: ConfigJson, *methods: str) -> None:
@@ -99,7 +101,9 @@ class _Fp8:
         self.values, self.factors, self.block = values, factors, block
 
     def __getitem__(self, part: tuple[slice, slice]) -> Tensor:
-        factors = self.factors[tuple(slice(x.start // n, -(-x.stop // n)) for x, n in zip(part, self.block, strict=True))]
+        factors = self.factors[
+            tuple(slice(x.start // n, -(-x.stop // n)) for x, n in zip(part, self.block, strict=True))
+        ]
         for axis, (wanted, size) in enumerate(zip(part, self.block, strict=True)):
             places = torch.arange(wanted.start, wanted.stop) // size - wanted.start // size
             factors = factors.index_select(axis, places)
@@ -155,8 +159,7 @@ class _Mxfp4:
         bytes_, scales = self.blocks[experts, rows, groups], self.scales[experts, rows, groups]
         table = torch.tensor([*E2M1, *(-x for x in E2M1)])
         numbers = torch.stack([table[(bytes_ & 15).long()], table[(bytes_ >> 4).long()]], -1).flatten(-2)
-        # 255 means that the group is no number
-        powers = torch.ldexp(torch.ones(()), scales.int() - 127).masked_fill(scales == 255, torch.nan)
+        powers = torch.tensor(E8M0)[scales.long()]
         start = columns.start - groups.start * GROUP
         values = (numbers * powers[..., None]).flatten(-2)[..., start : start + columns.stop - columns.start]
         return values.transpose(1, 2)

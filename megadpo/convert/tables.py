@@ -151,7 +151,9 @@ def _tensor(
     weight: Weight, layer: int, expert: int, experts: int, shape: ModelShape, size: dict[str, int]
 ) -> MegatronTensor:
     """One row of the table for one layer and expert."""
-    key, name = (x.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for x in (weight.megatron, weight.hf))
+    key, name = (
+        x.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for x in (weight.megatron, weight.hf)
+    )
     axes = weight.axes.split()
     dims = tuple(size[axis] for axis in axes)
     start = size[weight.start] if weight.start else 0

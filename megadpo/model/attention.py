@@ -164,8 +164,8 @@ class SegmentAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: StreamParams | None = None,
     ) -> Tensor:
-        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]; in latent attention values, and so
-        the result, have a width of their own."""
+        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]. In latent attention the values, and
+        so the result, have a width of their own."""
         assert packed_seq_params is not None
         if self.backend == "sdpa":
             masks = packed_seq_params.masks[self.window]
@@ -248,8 +248,8 @@ def sdpa(
     soft_cap: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """[T, 1, H, W], [T, 1, query groups, W], values as wide or not -> [T, 1, H, values' width]; padding rows give 0. segments: with their masks,
-    as in StreamParams."""
+    """[T, 1, H, W], [T, 1, query groups, W], values as wide or not -> [T, 1, H, width of a value]; padding rows give 0.
+    segments: with their masks, as in StreamParams."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [1, heads, T, W]
     outputs = []
     covered = 0

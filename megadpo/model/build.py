@@ -155,9 +155,7 @@ def block_spec(
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
     kinds = [shape.experts is not None and shape.experts.layers[layer] for layer in layers]
     specs = {kind: layer_spec(shape, kind, attention_backend, context) for kind in set(kinds)}
-    return TransformerBlockSubmodules(
-        layer_specs=[specs[kind] for kind in kinds], layer_norm=TENorm if te else RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=TENorm if te else RMSNorm)
 
 
 def layer_spec(
@@ -189,18 +187,23 @@ def layer_spec(
         group = context.groups.tp
         linear.q_layernorm = ModuleSpec(ProjectionNorm, params={"heads": shape.num_attention_heads, "group": group})
         linear.k_layernorm = ModuleSpec(ProjectionNorm, params={"heads": shape.num_query_groups, "group": group})
-    if shape.proj_bias:
-        linear.linear_proj = with_bias(linear.linear_proj)
-    if shape.mlp_bias:
-        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
-    if shape.norms.after:
-        linear.linear_proj = with_norm_after(linear.linear_proj, norm)
-        mlp.linear_fc2 = with_norm_after(mlp.linear_fc2, norm)
+    _change_linear_layers(shape, linear, mlp, norm)
     if shape.latent is not None:
         use_latent_attention(layer.submodules, shape.latent, norm)
     if with_experts and shape.experts is not None:
         use_experts(layer.submodules, shape.experts, norm)
     return layer
+
+
+def _change_linear_layers(shape: ModelShape, attention: Any, mlp: Any, norm: type) -> None:
+    """Biases and norms of single linear layers, in the specs of attention and MLP."""
+    if shape.proj_bias:
+        attention.linear_proj = with_bias(attention.linear_proj)
+    if shape.mlp_bias:
+        mlp.linear_fc1, mlp.linear_fc2 = with_bias(mlp.linear_fc1), with_bias(mlp.linear_fc2)
+    if shape.norms.after:
+        attention.linear_proj = with_norm_after(attention.linear_proj, norm)
+        mlp.linear_fc2 = with_norm_after(mlp.linear_fc2, norm)
 
 
 def mark_tensor_parallel(chunk: Policy) -> None:

@@ -57,8 +57,8 @@ def use_experts(layer: TransformerLayerSubmodules, experts: Experts, norm: type)
 
 
 def _own_result(layer: type) -> type:
-    """The linear layer, with a result that may be changed in place: Megatron-Core's MLP adds an expert's bias so (mlp.py),
-    and torch forbids it for what its reduction over ranks hands through."""
+    """The linear layer, with a result that may be changed in place. Megatron-Core's MLP adds an expert's bias so
+    (mlp.py), which torch forbids for what the layer's reduction over ranks hands through."""
 
     class OwnResult(layer):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

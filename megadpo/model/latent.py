@@ -108,7 +108,7 @@ class LatentSelfAttention(MLASelfAttention):
         return torch.cat([query, rotary_query], -1), torch.cat([key, rotary_key], -1), value, small_query, small
 
     def _small(self, values: Tensor, width: int) -> Tensor:
-        """[.., width], of which this rank may have computed a part: whole, and split over the sequence if that is on."""
+        """[.., width], of which this rank may have computed a part: whole, under sequence parallelism of its rows."""
         if values.shape[-1] == width:
             return values
         values = gather_from_tensor_model_parallel_region(values, group=self.tp_group)

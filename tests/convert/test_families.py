@@ -31,6 +31,7 @@ from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import FAMILIES, LLAMA, family_of, read_shape
 from megadpo.convert.importer import check_hf, load_hf
 from megadpo.convert.shape import ModelShape
+from megadpo.convert.tables import Weight
 from megadpo.errors import ModelError
 
 CASES = [(name, grid) for name, row in ROWS.items() for grid in row.grids]
@@ -128,6 +129,8 @@ class Mistake:
     change: Callable[[ModelShape], ModelShape] = lambda shape: shape
     exchanged: tuple[str, str] = ("", "")
     """Hugging Face names in the table."""
+    stacked: bool = False
+    """Whether the two columns of a stacked tensor are exchanged."""
 
 
 def scaling(**changes: Any) -> Callable[[ModelShape], ModelShape]:
@@ -144,6 +147,14 @@ def norms(**changes: Any) -> Callable[[ModelShape], ModelShape]:
 
 def scores(**changes: Any) -> Callable[[ModelShape], ModelShape]:
     return lambda s: replace(s, scores=replace(s.scores, **changes))
+
+
+def experts(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, experts=replace(s.experts, **changes))
+
+
+def latent(**changes: Any) -> Callable[[ModelShape], ModelShape]:
+    return lambda s: replace(s, latent=replace(s.latent, **changes))
 
 
 MISTAKES = {
@@ -171,12 +182,35 @@ MISTAKES = {
     "norms behind exchanged": Mistake("gemma3", exchanged=("post_attention_layernorm", "post_feedforward_layernorm")),
     "norms before exchanged": Mistake("gemma3", exchanged=("input_layernorm", "pre_feedforward_layernorm")),
     "OLMo's norms exchanged": Mistake("olmo2", exchanged=("post_attention_layernorm", "post_feedforward_layernorm")),
+    "scores not normalised": Mistake("qwen3_moe", experts(normalised=False)),
+    "scores normalised": Mistake("qwen3_moe, scores as they are", experts(normalised=True)),
+    "one expert too few": Mistake("mixtral", experts(per_token=1)),
+    "gate and up of experts exchanged": Mistake("mixtral", exchanged=(".w1.", ".w3.")),
+    "no scaling of the scores": Mistake("deepseek_v2", experts(scaling=1.0)),
+    "groups worth two scores": Mistake("deepseek_v2", experts(group_score=2)),
+    "no groups": Mistake("deepseek_v3", experts(groups_per_token=4)),
+    "groups worth one score": Mistake("deepseek_v3", experts(group_score=1)),
+    "softmax for sigmoid": Mistake("deepseek_v3", experts(score="softmax")),
+    "rotary pairs as halves": Mistake("deepseek_v3", latent(interleaved=False)),
+    "rotary pairs as neighbours": Mistake("deepseek_v3, odd", latent(interleaved=True)),
+    "yarn's mscale_all_dim": Mistake("deepseek_v3", scores(scale=28**-0.5)),
+    "yarn without its factor on what is rotated": Mistake("deepseek_v2", scaling(attention_factor=1.0)),
+    "no clamp": Mistake("gpt_oss", lambda s: replace(s, experts=replace(s.experts, clamp=9.0))),
+    "SiLU of slope 1": Mistake("gpt_oss", lambda s: replace(s, activation="silu")),
+    "gate and up of gpt-oss exchanged": Mistake("gpt_oss", stacked=True),
     "all of each head rotated": Mistake("phi3", lambda s: replace(s, rotary_percent=1.0)),
 }
 
 
 def exchange(text: str, one: str, other: str) -> str:
     return text.replace(one, "\0").replace(other, one).replace("\0", other) if one else text
+
+
+def mistaken(weight: Weight, mistake: Mistake) -> Weight:
+    stacked = weight.stacked
+    if mistake.stacked and stacked is not None and stacked.step == 2:
+        stacked = replace(stacked, start=1 - stacked.start)
+    return replace(weight, hf=exchange(weight.hf, *mistake.exchanged), stacked=stacked)
 
 
 @torch.no_grad()
@@ -188,10 +222,7 @@ def make_mistakes(device: torch.device, folders: dict[str, Path]) -> dict[str, t
     for name, mistake in MISTAKES.items():
         shape = read_shape(folders[mistake.model])
         batch = every_token(tokens(shape.vocab_size), shape.vocab_size)
-        families.FAMILIES = tuple(
-            replace(x, weights=tuple(replace(w, hf=exchange(w.hf, *mistake.exchanged)) for w in x.weights))
-            for x in right
-        )
+        families.FAMILIES = tuple(replace(x, weights=tuple(mistaken(w, mistake) for w in x.weights)) for x in right)
         with grid(parallel, device, seed=0) as context:
             chunks = build_chunks(mistake.change(shape), parallel, context, "float32")
             load_hf(chunks, shape, folders[mistake.model])

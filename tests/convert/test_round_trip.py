@@ -118,7 +118,9 @@ def convert(device: torch.device, folders: dict[str, Path], grids: list[str], ou
                 if context.is_first:
                     checkpoint.mkdir(parents=True)
                 torch.distributed.barrier()
-                state = {f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)}
+                state = {
+                    f"model{i}": chunk.sharded_state_dict(metadata=dict(METADATA)) for i, chunk in enumerate(chunks)
+                }
                 dist_checkpointing.save(state, str(checkpoint), content_metadata=dict(METADATA))
     return results
 

@@ -1,5 +1,6 @@
 """Each fault of Megatron-Core that would give wrong numbers or hang: that it is there, and that the guard holds."""
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,38 @@ def _hugging_face_tensors(folder: Path) -> list[torch.Tensor]:
     from safetensors.torch import load_file
 
     return list(load_file(folder / "model.safetensors").values())
+
+
+def test_routers_and_latent_attention_without_transformer_engine() -> None:
+    """The names that Megatron-Core binds only with it: moe_utils lacks one, multi_latent_attention says it has all."""
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    mcore_fixes.route_without_te()
+    mcore_fixes.latent_without_te()
+    assert hasattr(moe_utils, "te_general_gemm")
+    if mcore_fixes.have_te():
+        return
+    logits = moe_utils.router_gating_linear(torch.ones(3, 2), torch.ones(4, 2), None, torch.float32)
+    assert torch.equal(logits, torch.full((3, 4), 2.0))
+    assert not multi_latent_attention.HAVE_TE
+    source = inspect.getsource(multi_latent_attention)
+    assert "HAVE_TE = True" in source.split("except ImportError")[1], "the fault may be gone: look at the guard"
+
+
+def test_token_counts_on_the_host_are_plain_numbers() -> None:
+    """cpu_host: what a collective takes as sizes, as Megatron-Core brings it from a GPU."""
+
+    def sizes(device: torch.device) -> tuple[bool, bool]:
+        from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+        counts = torch.tensor([2, 3])
+        theirs = moe_utils.maybe_move_tensor_to_cpu(counts, as_numpy=True)
+        ours = token_dispatcher.maybe_move_tensor_to_cpu(counts, as_numpy=True)
+        return torch.is_tensor(theirs), torch.is_tensor(ours)
+
+    if not torch.cuda.is_available():
+        assert run_ranks(1, sizes) == [(True, False)]
 
 
 def test_wrapping_again_does_not_wrap_twice() -> None:

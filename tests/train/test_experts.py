@@ -24,8 +24,9 @@ VOCAB = int(COMMON["vocab_size"])
 NOISE = 2e-5
 
 
-@pytest.fixture(scope="module", params=["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.fixture(scope="module", params=["deepseek_v3", "gpt_oss", pytest.param("mixtral", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Latent attention, shared experts, a selection bias and a plain layer; sinks and biases; neither."""
     folder = write(request.param, tmp_path_factory.mktemp("model") / request.param)
     return Case(folder, random_groups(16, vocab=VOCAB), learning_rate=1e-4)
 
@@ -51,28 +52,31 @@ def compare(results: list[list[dict[str, Any]]], cases: list[Case], want: dict[s
             assert difference < NOISE, f"{case}: {what}: {name} differs by {difference:.1e}"
 
 
-def fitting(cases: list[Case]) -> list[Case]:
-    """Without those that split experts with biases."""
-    return [case for case in cases if case.folder.name != "gpt_oss" or case.tensor == 1 or case.expert > 1]
+def fitting(cases: list[Case], short: int) -> list[Case]:
+    """gpt-oss: the first `short`, and none that splits experts, which have biases there."""
+    if cases[0].folder.name != "gpt_oss":
+        return cases
+    return [case for case in cases[:short] if case.tensor == 1 or case.expert > 1]
 
 
 def test_two_ranks(base: Case, single: dict[str, Any]) -> None:
     split = replace(base, tensor=2, sequence=True)
     cases = fitting(
         [
+            replace(base, expert=2, distributed=True, overlap=True, bucket_size=500),
+            replace(split, expert=2),
+            replace(base, pipeline=2, virtual=2),
             base,  # data-parallel 2, every expert on both
             replace(base, expert=2),
-            replace(base, expert=2, distributed=True, overlap=True, bucket_size=500),
             replace(base, expert=2, recompute="full"),
             replace(base, expert=2, recompute="selective", budget=Budget(64, groups=1)),
             replace(base, expert=2, share=False),
             split,
             replace(split, distributed=True),
-            replace(split, expert=2),
             replace(split, expert=2, distributed=True),
             replace(base, pipeline=2),
-            replace(base, pipeline=2, virtual=2),
-        ]
+        ],
+        short=4,
     )
     compare(run_ranks(2, run, cases), cases, single)
 
@@ -81,13 +85,13 @@ def test_four_ranks(base: Case, single: dict[str, Any]) -> None:
     split = replace(base, tensor=2, sequence=True)
     cases = fitting(
         [
-            replace(base, expert=4),
-            replace(base, expert=2, distributed=True),  # two of every expert
-            replace(split, expert=2),  # x data-parallel 2
-            replace(split, expert=4, distributed=True),
             replace(split, pipeline=2, expert=2),
+            replace(split, expert=2),  # x data-parallel 2
+            replace(base, expert=2, distributed=True),  # two of every expert
+            replace(split, expert=4, distributed=True),
             replace(base, pipeline=2, virtual=2, expert=2, resident=True),
-        ]
+        ],
+        short=1,
     )
     compare(run_ranks(4, run, cases), cases, single)
 

@@ -37,7 +37,8 @@ def read_common(
 ) -> ModelShape:
     """The shape as far as all families agree; a family changes what it has of its own with dataclasses.replace.
 
-    rope: as `read_rope` gives it. knows: fields of FOREIGN that the family reads itself. head_dim, tied: the family's
+    rope: as `read_rope` gives it. knows: fields of FOREIGN that the family reads itself; auto_map where
+    published folders bring code of their own for what transformers has, too (it is never run). head_dim, tied: the family's
     defaults (transformers leaves out of config.json what equals its base class). activation: field and required value.
     Dropout and the like are not read: they belong to training, not to the model. ModelError names the field.
     """
@@ -45,7 +46,8 @@ def read_common(
     for field in FOREIGN:
         if field not in knows:
             config.require(field)
-    config.refuse_custom_code()
+    if "auto_map" not in knows:
+        config.refuse_custom_code()
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads", at_most=4096)
     groups = config.integer("num_key_value_heads", default=heads)
     if heads % groups:

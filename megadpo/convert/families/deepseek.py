@@ -35,9 +35,7 @@ LATENT_ATTENTION = (
     Weight(LAYER + "input_layernorm.weight", HF + "input_layernorm.weight", "D"),
     Weight(ATTENTION + "linear_q_proj.weight", HF + "self_attn.q_proj.weight", "QH D", _direct),
     Weight(ATTENTION + "linear_q_down_proj.weight", HF + "self_attn.q_a_proj.weight", "LQ D", _from_rank),
-    Weight(
-        ATTENTION + "linear_q_up_proj.layer_norm_weight", HF + "self_attn.q_a_layernorm.weight", "LQ", _from_rank
-    ),
+    Weight(ATTENTION + "linear_q_up_proj.layer_norm_weight", HF + "self_attn.q_a_layernorm.weight", "LQ", _from_rank),
     Weight(ATTENTION + "linear_q_up_proj.weight", HF + "self_attn.q_b_proj.weight", "QH LQ", _from_rank),
     Weight(ATTENTION + "linear_kv_down_proj.weight", HF + "self_attn.kv_a_proj_with_mqa.weight", "LKR D"),
     Weight(ATTENTION + "linear_kv_up_proj.layer_norm_weight", HF + "self_attn.kv_a_layernorm.weight", "LK"),
@@ -93,7 +91,7 @@ def _read(config: ConfigJson, family: str, knows: tuple[str, ...]) -> ModelShape
         config,
         family,
         read_rope(config, default_theta=10000.0),
-        knows=("n_routed_experts", "num_experts", "num_local_experts", *knows),
+        knows=("auto_map", "n_routed_experts", "num_experts", "num_local_experts", *knows),
         head_dim=latent.value_width,
     )
     count, per_token = read_counts(config, "n_routed_experts", "num_experts", "num_local_experts")
@@ -130,7 +128,8 @@ def _grouped(config: ConfigJson, experts: Experts, group_score: int) -> Experts:
     size = experts.count // groups
     if size < group_score or size * used < experts.per_token:
         raise config.wrong(
-            "n_group", f"groups of at least {group_score} experts, and num_experts_per_tok experts in topk_group of them"
+            "n_group",
+            f"groups of at least {group_score} experts, and num_experts_per_tok experts in topk_group of them",
         )
     return replace(experts, groups=groups, groups_per_token=used, group_score=group_score)
 
@@ -170,9 +169,5 @@ def read_v3(config: ConfigJson) -> ModelShape:
     )
 
 
-DEEPSEEK_V2 = Family(
-    name="deepseek_v2", architecture="DeepseekV2ForCausalLM", read_shape=read_v2, weights=WEIGHTS
-)
-DEEPSEEK_V3 = Family(
-    name="deepseek_v3", architecture="DeepseekV3ForCausalLM", read_shape=read_v3, weights=WEIGHTS
-)
+DEEPSEEK_V2 = Family(name="deepseek_v2", architecture="DeepseekV2ForCausalLM", read_shape=read_v2, weights=WEIGHTS)
+DEEPSEEK_V3 = Family(name="deepseek_v3", architecture="DeepseekV3ForCausalLM", read_shape=read_v3, weights=WEIGHTS)

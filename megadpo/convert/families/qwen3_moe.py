@@ -55,6 +55,4 @@ def read_shape(config: ConfigJson) -> ModelShape:
     )
 
 
-QWEN3_MOE = Family(
-    name="qwen3_moe", architecture="Qwen3MoeForCausalLM", read_shape=read_shape, weights=WEIGHTS
-)
+QWEN3_MOE = Family(name="qwen3_moe", architecture="Qwen3MoeForCausalLM", read_shape=read_shape, weights=WEIGHTS)
