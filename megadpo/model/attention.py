@@ -164,8 +164,8 @@ class SegmentAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: StreamParams | None = None,
     ) -> Tensor:
-        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]. In latent attention the values, and
-        so the result, have a width of their own."""
+        """query [T, 1, H, W], key and value [T, 1, query groups, W] -> [T, 1, H * W]. In latent attention the values,
+        and so the result, have a width of their own."""
         assert packed_seq_params is not None
         if self.backend == "sdpa":
             masks = packed_seq_params.masks[self.window]

@@ -62,9 +62,12 @@ def read_shapes(config: Config, world_size: int) -> Shapes:
         kv_channels=policy.kv_channels,
     )
     problems += misfits(policy, config.parallel)
+    reference = read_shape(_folder(config.reference.path)) if config.reference.path else policy
+    if reference.experts or reference.latent:
+        problems += [f"reference: {line}" for line in misfits(reference, config.parallel) if line not in problems]
     if problems:
         raise ConfigError("\n".join(problems))
-    return Shapes(policy, read_shape(_folder(config.reference.path)) if config.reference.path else policy)
+    return Shapes(policy, reference)
 
 
 def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool) -> Inputs:

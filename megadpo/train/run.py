@@ -161,6 +161,8 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     grid_text = f"tensor {context.tensor_size} x pipeline {context.pipeline_size} x data {context.data_size}"
     if context.virtual_size > 1:
         grid_text += f", {context.virtual_size} virtual stages"
+    if parallel.expert_model_parallel_size > 1:
+        grid_text += f", experts dealt to {parallel.expert_model_parallel_size} ranks"
     if context.sequence_parallel:
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference

@@ -37,10 +37,11 @@ def read_common(
 ) -> ModelShape:
     """The shape as far as all families agree; a family changes what it has of its own with dataclasses.replace.
 
-    rope: as `read_rope` gives it. knows: fields of FOREIGN that the family reads itself; auto_map where
-    published folders bring code of their own for what transformers has, too (it is never run). head_dim, tied: the family's
-    defaults (transformers leaves out of config.json what equals its base class). activation: field and required value.
-    Dropout and the like are not read: they belong to training, not to the model. ModelError names the field.
+    rope: as `read_rope` gives it. knows: fields of FOREIGN that the family reads itself; auto_map where published
+    folders bring code of their own, which is never run, for a model that transformers has, too. head_dim, tied: the
+    family's defaults (transformers leaves out of config.json what equals its base class). activation: field and
+    required value. Dropout and the like are not read: they belong to training, not to the model. ModelError names the
+    field.
     """
     config.require(*activation)
     for field in FOREIGN:
