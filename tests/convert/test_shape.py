@@ -88,7 +88,7 @@ def test_both_spellings_of_rope(
     [
         (
             {"architectures": ["GemmaForCausalLM"]},
-            'architectures is ["GemmaForCausalLM"]; supported: one of Gemma2ForCausalLM, Gemma3For',
+            'architectures is ["GemmaForCausalLM"]; supported: one of DeepseekV2ForCausalLM, Deep',
         ),
         ({"architectures": None}, "architectures is missing"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; supported: "silu"'),

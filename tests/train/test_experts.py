@@ -120,6 +120,9 @@ def go_on(device: torch.device, cases: list[Case], folder: Path, stop: int, save
     return found
 
 
+@pytest.mark.parametrize(
+    "base", ["deepseek_v3", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt_oss", "mixtral"))], indirect=True
+)
 def test_a_checkpoint_goes_on_on_another_grid(base: Case, tmp_path: Path) -> None:
     """Masters and moments of experts find their way between grids that deal them out differently."""
     dealt, alone = replace(base, expert=2, distributed=True), replace(base, distributed=True)
