@@ -112,7 +112,7 @@ AMBIGUOUS = {
     "kto_pair": "kto_pair is gone from TRL and was never in the paper: write kto with unpaired data, or apo_zero, "
     "which anchors each response of a pair on its own",
     "scale": "scale (NeMo-Aligner) is DPO weighted by the judge's margin, which is not here: write odpo or rpo_reward",
-    "ppo": "ppo needs generation during training, which is not here: write an objective on preference data",
+    "ppo": "ppo needs generation during training, which is not here: write dpo or another objective on preference data",
 }
 """Names that mean several things, or something that is not here: what to write instead."""
 
