@@ -105,7 +105,7 @@ def objective_page(schema: dict[str, Any]) -> str:
         "",
         "Notation: w chosen, l rejected; p policy, q reference; D = log p - log q of a response (nats, summed over its",
         "scored tokens); \\|y\\| its scored tokens, the end-of-sequence token included; b = `beta`; r = b D; s the",
-        "sigmoid, h its logarithm. A loss is a mean over the pairs of the global batch where it does not say otherwise,",
+        "sigmoid, h its logarithm. A loss is a mean over the pairs of the global batch unless it says otherwise,",
         "whatever the grid and the micro-batches; terms with other denominators are divided by theirs, of the global",
         "batch too.",
         "Every objective is tested against an independent float64 implementation, value and gradient, and on grids",

@@ -227,7 +227,10 @@ def f_dpo(o: Any, w: Any, l: Any, nw: Any, nl: Any) -> Any:
             return log(2 * u / (1 + u))
         return (1 - u ** -mpf(o.alpha)) / mpf(o.alpha)
 
-    return -log(s(mpf(o.beta) * slope(w) - mpf(o.beta) * slope(l)))
+    m = mpf(o.beta) * slope(w) - mpf(o.beta) * slope(l)
+    if abs(m) > 10**6:  # log(1 + exp(-m)) to 400 000 digits; m itself may have 4343 before its point
+        return -m if m < 0 else mpf(0)
+    return -log(s(m))
 
 
 def odpo(o: Any, now: Batch, still: Batch) -> Any:

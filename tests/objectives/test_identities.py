@@ -15,10 +15,10 @@ from megadpo.objectives.across import CARRIERS
 from megadpo.objectives.across_pairs import AOT, BCO, AOTUnpaired, BetaDPO
 from megadpo.objectives.anchored import EXO, NCA, APODown, APOZero, DiscoPOP
 from megadpo.objectives.divergences import FDPO
-from megadpo.objectives.listwise import PlackettLuceDPO
+from megadpo.objectives.listwise import RRHF, PlackettLuceDPO
 from megadpo.objectives.margins import IPO, ODPO, RewardRPO, RSOHinge, SPPOHard
 from megadpo.objectives.pairwise import DPOP, RDPO, SPIN, DPOWithNLL, NormDPO, RobustDPO
-from megadpo.objectives.reference_free import CPO, SimPO
+from megadpo.objectives.reference_free import CLICK, CPO, ORPO, SimPO, SLiC
 from megadpo.objectives.reward_model import BradleyTerry, PlackettLuceReward
 from megadpo.objectives.token_level import LDDPO, TDPO1, TDPO2, WPO, Llama3DPO
 from megadpo.objectives.unpaired import KTO, APOZeroUnpaired, BCOUnpaired
@@ -223,3 +223,32 @@ def test_the_slope_of_label_smoothing() -> None:
     batch = start(DPO())
     _, grad = run(DPO(1.0, 0.1), batch)
     assert grad[0].item() == pytest.approx(-(0.5 - 0.1))
+
+
+def test_a_tie_counts_half_and_rewards_have_their_beta() -> None:
+    """Rewards are b D, in the metrics too; before the first update the accuracy is 1/2, not 0."""
+    before = dict(zip(DPO.metrics, DPO(0.2)(start(DPO())).metrics.tolist(), strict=True))
+    assert before["rewards/accuracies"] == 3.0  # of 6 pairs
+    batch = pairs()
+    ratio = (batch.policy_S - batch.reference_S).view(-1, 2)
+    after = dict(zip(DPO.metrics, DPO(0.2)(batch).metrics.tolist(), strict=True))
+    assert after["rewards/chosen"] == pytest.approx(0.2 * float(ratio[:, 0].sum()), rel=1e-5)
+    assert after["rewards/margins"] == pytest.approx(0.2 * float((ratio[:, 0] - ratio[:, 1]).sum()), rel=1e-5)
+    assert after["rewards/accuracies"] == float((ratio[:, 0] > ratio[:, 1]).sum())
+
+
+@pytest.mark.parametrize("objective", [SLiC(), SimPO(), ORPO(), CPO(), CLICK(), RRHF(), SFT()])
+def test_reference_free(objective: Any) -> None:
+    """Says so, and gives the same without one; the others do not."""
+    assert not objective.needs_reference
+    assert DPO().needs_reference
+    assert Mix((objective, SFT())).needs_reference is False
+    batch = usual(objective, groups=4)
+    alone = replace(batch, reference_S=None, reference_N=None)
+    assert objective(alone).loss.item() == objective(batch).loss.item()
+
+
+def test_the_loss_changes_with_the_reference() -> None:
+    batch = pairs()
+    moved = replace(batch, reference_S=batch.reference_S + torch.arange(16) * 0.1)
+    assert DPO(B)(moved).loss.item() != DPO(B)(batch).loss.item()

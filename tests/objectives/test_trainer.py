@@ -194,3 +194,23 @@ def test_another_batch_would_be_seen(made: tuple[Case, Path]) -> None:
         work = [(objective, store), (objective, MemoryStore(less.groups))]
         [[one, other]] = run_ranks(1, steps, replace(case, budget=Budget(600)), reference, work)
         assert abs(one["sums"].loss - other["sums"].loss) > 100 * NOISE
+
+
+def with_and_without_strangers(device: torch.device, case: Case, reference_folder: Path) -> list[float]:
+    """KTO's loss with z from responses to other prompts, and with z from the responses themselves."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        reference = build(replace(case, folder=reference_folder), context)[0].modules
+        stream = replace(stream, store=random_groups(BATCH, vocab=VOCAB, responses=1, seed=1))
+        set_learning_rate(state.optimizer, 0.0)
+        batches = [filled(b) for b in stream.batches(np.arange(BATCH), 0, None)]
+        objective = KTO(0.5)
+        return [
+            train_step(state, batches, objective, reference, context, other)[0].loss
+            for other in (mismatched(stream, np.arange(BATCH), 0), batches)
+        ]
+
+
+def test_kto_listens_to_strangers(made: tuple[Case, Path]) -> None:
+    [[strangers, own]] = run_ranks(1, with_and_without_strangers, *made)
+    assert abs(strangers - own) > 1e-4
