@@ -13,6 +13,7 @@ from distributed import run_ranks
 from tiny import MemoryStore, random_groups, write_llama
 from train.engine import Case, assemble, build, pieces, worst
 
+from megadpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
 from megadpo.config.check import NOT_GIVEN
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
@@ -29,6 +30,8 @@ from megadpo.objectives.reference_free import CLICK, CPO, ORPO, SimPO, SLiC
 from megadpo.objectives.token_level import LDDPO, Llama3DPO
 from megadpo.objectives.unpaired import KTO, APOZeroUnpaired, BCOUnpaired
 from megadpo.parallel.context import grid
+from megadpo.train import run
+from megadpo.train.evaluate import evaluate
 from megadpo.train.optimizer import set_learning_rate
 from megadpo.train.step import train_step
 
@@ -214,3 +217,55 @@ def with_and_without_strangers(device: torch.device, case: Case, reference_folde
 def test_kto_listens_to_strangers(made: tuple[Case, Path]) -> None:
     [[strangers, own]] = run_ranks(1, with_and_without_strangers, *made)
     assert abs(strangers - own) > 1e-4
+
+
+def evaluated(device: torch.device, case: Case, reference_folder: Path, work: list[Any]) -> list[Any]:
+    """Held-out totals of each job (objective, store), in passes of two groups and in one."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        reference = build(replace(case, folder=reference_folder), context)[0].modules
+        return [
+            [
+                evaluate(state.modules, replace(stream, store=store), objective, None, model, size, context)
+                for size in (2, len(store))
+            ]
+            for objective, store in work
+            for model in [reference if objective.needs_reference else None]
+        ]
+
+
+def test_held_out_data_are_one_batch(made: tuple[Case, Path]) -> None:
+    """Whatever is given to the pipeline at once, and on any grid: also where a loss looks across pairs or has terms
+    with other denominators."""
+    case, reference = made
+    work = jobs([AOT(0.5), CPO(0.5), Mix((BCO(0.5), SFT())), LDDPO(0.5)])
+    [single] = run_ranks(1, evaluated, case, reference, work)
+    ranks = run_ranks(2, evaluated, case, reference, work)
+    for index in range(len(work)):
+        want = single[index][1]
+        for got in (single[index][0], *ranks[0][index], *ranks[1][index]):
+            assert got.loss == pytest.approx(want.loss, rel=NOISE)
+            assert got.groups == want.groups == BATCH
+            assert got.metrics == pytest.approx(want.metrics, rel=NOISE, abs=2e-5)
+
+
+STREAM = Stream(random_groups(2), Budget(64), ranks=1, multiple=1)
+CONFIG = Config("run", ModelConfig("model"), DataConfig(("pairs.jsonl",)))
+WITHOUT: tuple[Any, ...] = (None, [STREAM], [np.arange(2)], [], None, None)
+"""The other arguments of `_with_reference`; a run that needs no reference looks at none but the streams."""
+
+
+def test_a_reference_free_run_neither_loads_nor_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a reference was loaded or scored")
+
+    for name in ("_reference_model", "_scored", "score_groups", "weights_digest"):
+        monkeypatch.setattr(run, name, never)
+    for objective in (SLiC(), SimPO(), ORPO(), CPO(), CLICK(), RRHF(), SFT(), Mix((SimPO(), SFT()))):
+        for mode in ("precomputed", "resident"):
+            config = replace(CONFIG, objective=objective, reference=ReferenceConfig(mode, path="elsewhere"))
+            scored, reference = run._with_reference(config, *WITHOUT)
+            assert reference is None
+            assert [part.column for part in scored] == [None]
+    with pytest.raises(AssertionError, match="loaded or scored"):
+        run._with_reference(replace(CONFIG, objective=DPO()), *WITHOUT)
