@@ -31,8 +31,11 @@ def join(parts: Sequence[Sequences]) -> Sequences:
     return replace(parts[0], **joined)
 
 
+@torch.enable_grad()
 def slopes(parts: Sequence[Sequences], objective: Objective) -> tuple[Outcome, list[dict[str, Tensor]]]:
-    """The outcome of all parts as one batch, and for each part the slope of its loss sum along every carrier."""
+    """The outcome of all parts as one batch, and for each part the slope of its loss sum along every carrier.
+
+    Also where the caller has switched gradients off, as evaluation does."""
     leaves = [
         {n: getattr(part, n).detach().requires_grad_() for n in CARRIERS if getattr(part, n) is not None}
         for part in parts
