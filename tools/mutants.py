@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -215,9 +215,10 @@ def _run(mutant: Mutant) -> int:
     return int(pytest.main([str(ROOT / file), "-k", words, *options]))
 
 
-def table(mutants: list[Mutant]) -> tuple[list[str], list[str]]:
+def table(mutants: list[Mutant], tell: Callable[[str], None] = lambda text: None) -> tuple[list[str], list[str]]:
     """(rows of the report, names of those that no test saw)."""
-    import mpmath  # noqa: F401  imported here so that forks find them done
+    import mpmath  # noqa: F401  imported here so that forks find it done
+    import pytest  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
@@ -229,6 +230,7 @@ def table(mutants: list[Mutant]) -> tuple[list[str], list[str]]:
             file, words = mutant.tests
             rows.append(f"| {mutant.name} | {mutant.story} | {f'`{file} -k {words!r}`' if seen else '**nothing**'} |")
             alive += [] if seen else [mutant.name]
+            tell(f"{mutant.name}: {'caught' if seen else 'NOT CAUGHT'}")
     return rows, alive
 
 
@@ -242,7 +244,7 @@ def main() -> int:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in MUTANTS)}")
     chosen = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
     started = time.monotonic()
-    rows, alive = table(chosen)
+    rows, alive = table(chosen, lambda text: print(text, flush=True))
     rows.append("")
     rows.append(f"{len(chosen) - len(alive)} of {len(chosen)} caught, in {time.monotonic() - started:.0f} s.")
     print("\n".join(rows))
