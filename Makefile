@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-gpu test-long lint parity clean
+.PHONY: help install demo test test-gpu test-long mutants lint parity clean
 
 help:
 	@echo "make demo     the main job on this machine: a model, preferences, DPO on TP2 x PP2, export (no GPU needed)"
 	@echo "make test     lint, types, layers and all tests"
 	@echo "make test-gpu the tests that need a CUDA device (the others skip them)"
 	@echo "make test-long the tests that take minutes"
+	@echo "make mutants  puts known mistakes of preference trainers into the objectives; the tests must see every one"
 	@echo "make lint     only lint, types and layers"
 	@echo "make parity   20 steps against TRL's DPOTrainer on six grids; needs ../shared"
 	@echo "make install  only make .venv"
@@ -36,6 +37,9 @@ test-gpu: install
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
+
+mutants: install
+	$(BIN)/python tools/mutants.py --write
 
 lint: install
 	$(BIN)/ruff check .

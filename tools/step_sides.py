@@ -102,8 +102,9 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     from megadpo.objectives import DPO
     from megadpo.parallel.context import grid, join_world
     from megadpo.train.optimizer import build_optimizer, set_learning_rate, wrap
+    from megadpo.train.passes import score
     from megadpo.train.state import TrainState
-    from megadpo.train.step import score, train_step
+    from megadpo.train.step import train_step
 
     torch.set_num_threads(work.threads)
     turns = Turns(answers)
@@ -140,8 +141,8 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
             if word == "reference":
                 # each rank keeps what it computes: a step deals the same groups to the same ranks
                 mine = batches(scored)
-                for batch, sums_S in zip(mine, score(modules, mine, context), strict=True):
-                    column[responses(store, batch.groups)] = sums_S.numpy()
+                for batch, scores in zip(mine, score(modules, mine, context), strict=True):
+                    column[responses(store, batch.groups)] = scores.sums_S.numpy()
                 scored += work.batch
                 turns.done()
             else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadpo.config import Config, ParallelConfig
+from megadpo.objectives.names import name_of
 
 LARGEST_SEED = 2**32 - 1
 
@@ -19,8 +20,43 @@ def problems(config: Config) -> list[str]:
         *_ranges(config),
         *_paths(config),
         *_combinations(config),
-        *config.objective.problems(),
+        *_objective(config),
     ]
+
+
+def _objective(config: Config) -> list[str]:
+    """Its own rules, and what it needs that this run cannot give."""
+    objective = config.objective
+    found = objective.problems()
+    if found:
+        return found  # a mix with a wrong part may not be able to say what it needs
+    name = name_of(objective)
+    missing = [NOT_GIVEN[need] for need in sorted(objective.needs) if need in NOT_GIVEN]
+    if objective.head == "scalar":
+        missing.insert(0, "a model with a scalar head")
+    if missing:
+        found.append(
+            f"objective.loss_type = {name}: needs {' and '.join(missing)}, which the trainer does not give yet; take "
+            "an objective without (docs/objectives.md says what each needs)"
+        )
+    if "reference_N" in objective.needs and config.reference.mode != "resident":
+        found.append(
+            f"reference.mode = {config.reference.mode}: objective.loss_type {name} looks at single tokens and the "
+            "stored column has one number per response; set reference.mode: resident"
+        )
+    return found
+
+
+NOT_GIVEN = {
+    "labels_S": "unpaired data with a label per response",
+    "scores_S": "a judge's score for every response",
+    "mismatched_kl": "responses paired with other prompts",
+    "body_N": "to know which tokens are formatting",
+    "collision_N": "the sum of squared probabilities from the head",
+    "kl_N": "the KL to the reference at every token from the head",
+    "rival_N": "tokens drawn from the policy's top k from the head",
+}
+"""Fields of Sequences that nothing in the trainer fills yet, in words."""
 
 
 def _sizes(config: Config) -> list[str]:

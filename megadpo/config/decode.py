@@ -23,6 +23,7 @@ from megadpo.config.suggest import one_of, unknown_key
 from megadpo.config.yaml_file import read_yaml
 from megadpo.errors import ConfigError
 from megadpo.objectives import OBJECTIVES, Objective
+from megadpo.objectives.names import ALIASES, AMBIGUOUS, SETTINGS_ELSEWHERE, as_settings
 
 DEFAULT_OBJECTIVE = "dpo"
 
@@ -68,8 +69,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved run file, which `load_config` reads back. Credentials in URLs are masked."""
     tree = asdict(config)
-    name = next(name for name, kind in OBJECTIVES.items() if type(config.objective) is kind)
-    tree["objective"] = {"loss_type": name} | tree["objective"]
+    tree["objective"] = as_settings(config.objective)
     return yaml.safe_dump(_plain(tree), sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -149,6 +149,8 @@ def _decode(kind: Any, value: Any, path: str, found: list[Problem]) -> Any:
         return None
     if kind is Objective:
         return _objective(value, path, found)
+    if get_origin(kind) is tuple and get_args(kind)[0] is not str:
+        return _list(get_args(kind)[0], value, path, found)
     if is_dataclass(kind) and isinstance(kind, type):
         return _section(kind, value, path, found)
     decoded, allowed = _scalar(kind, value)
@@ -158,6 +160,16 @@ def _decode(kind: Any, value: Any, path: str, found: list[Problem]) -> Any:
     return decoded
 
 
+def _list(kind: Any, value: Any, path: str, found: list[Problem]) -> Any:
+    """A tuple from a list."""
+    if not isinstance(value, list | tuple):
+        what = "sections, each with loss_type and its settings" if kind is Objective else "numbers"
+        found.append(Problem(path, f"{path} = {_show(value)}: must be a list of {what}"))
+        return BAD
+    items = [_decode(kind, item, f"{path}[{number}]", found) for number, item in enumerate(value)]
+    return BAD if any(isinstance(item, _Bad) for item in items) else tuple(items)
+
+
 def _objective(value: Any, path: str, found: list[Problem]) -> Any:
     """`loss_type` picks the dataclass, whose fields are the only other keys."""
     value = {} if value is None else value
@@ -165,21 +177,53 @@ def _objective(value: Any, path: str, found: list[Problem]) -> Any:
         text = f"{path} = {_show(value)}: must be a section with loss_type and its settings"
         found.append(Problem(path, text))
         return BAD
-    name = value.get("loss_type", DEFAULT_OBJECTIVE)
-    if not isinstance(name, str) or name not in OBJECTIVES:
-        allowed = one_of(tuple(OBJECTIVES), name)
-        found.append(Problem(f"{path}.loss_type", f"{path}.loss_type = {_show(name)}: must be {allowed}"))
+    given = value.get("loss_type", DEFAULT_OBJECTIVE)
+    name, settings, problem = _loss_type(given, path)
+    if problem:
+        found.append(Problem(f"{path}.loss_type", f"{path}.loss_type = {_show(given)}: {problem}"))
         return BAD
     kind = OBJECTIVES[name]
     names = list(field_types(kind))
-    settings = {key: inner for key, inner in value.items() if key != "loss_type"}
-    for key in [key for key in settings if key not in names]:
-        del settings[key]
-        close = difflib.get_close_matches(str(key), names, 1)
-        takes = f"its settings: {', '.join(names) or 'none'}"
-        advice = f"did you mean {path}.{close[0]}?" if close else takes
-        found.append(Problem(f"{path}.{key}", f"{path}.{key}: {name} has no such setting; {advice}"))
+    for key, inner in value.items():
+        if key == "loss_type":
+            continue
+        if key not in names:
+            text = f"{path}.{key}: {given} has no such setting; {_instead(str(key), names, path)}"
+            found.append(Problem(f"{path}.{key}", text))
+        elif settings.get(key, inner) != inner:
+            text = f"{path}.{key} = {_show(inner)}: loss_type {given} says {settings[key]}; write loss_type: {name}"
+            found.append(Problem(f"{path}.{key}", text))
+        else:
+            settings[key] = inner
     return _section(kind, settings, path, found)
+
+
+def _loss_type(given: Any, path: str) -> tuple[str, dict[str, Any], str]:
+    """(the objective's own name, what the given name says of its settings, what is wrong or nothing)."""
+    if isinstance(given, list):
+        return "", {}, "must be one name; for several objectives write loss_type: mix, with parts and weights"
+    if not isinstance(given, str):
+        return "", {}, f"must be {one_of(tuple(OBJECTIVES), given)}"
+    name = given.strip().lower().replace("-", "_")
+    if name in AMBIGUOUS:
+        return "", {}, AMBIGUOUS[name]
+    if name in ALIASES:
+        return ALIASES[name].loss_type, dict(ALIASES[name].settings), ""
+    if name in OBJECTIVES:
+        return name, {}, ""
+    close = difflib.get_close_matches(name, [*OBJECTIVES, *ALIASES], 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return "", {}, f"is no objective; {meant}There are {', '.join(OBJECTIVES)} (docs/objectives.md)"
+
+
+def _instead(key: str, names: list[str], path: str) -> str:
+    """What to write instead of a setting that an objective does not have."""
+    if key in SETTINGS_ELSEWHERE and SETTINGS_ELSEWHERE[key].split()[0].rstrip(",:") in [*names, "loss_type"]:
+        return f"here that is {path}.{SETTINGS_ELSEWHERE[key]}"
+    if key in SETTINGS_ELSEWHERE:
+        return f"elsewhere in megadpo that is {SETTINGS_ELSEWHERE[key]}; its settings: {', '.join(names) or 'none'}"
+    close = difflib.get_close_matches(key, names, 1)
+    return f"did you mean {path}.{close[0]}?" if close else f"its settings: {', '.join(names) or 'none'}"
 
 
 def _scalar(kind: Any, value: Any) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megadpo.config import Config
 from megadpo.objectives import OBJECTIVES, Objective
+from megadpo.objectives.names import aliases_of
 
 
 def field_types(section: type) -> dict[str, Any]:
@@ -107,6 +108,10 @@ def _type_schema(kind: Any) -> dict[str, Any]:
         return _section_schema(kind)
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
+    if get_origin(kind) is tuple and get_args(kind)[0] is Objective:
+        return {"type": "array", "items": {"$ref": "#/properties/objective"}}
+    if get_origin(kind) is tuple and get_args(kind)[0] is float:
+        return {"type": "array", "items": {"type": "number"}}
     if get_origin(kind) is tuple:
         return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     return {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
@@ -117,6 +122,6 @@ def _objective_schema() -> dict[str, Any]:
     branches = []
     for name, objective in OBJECTIVES.items():
         branch = _section_schema(objective)
-        branch["properties"] = {"loss_type": {"const": name}} | branch["properties"]
+        branch["properties"] = {"loss_type": {"enum": [name, *aliases_of(name)]}} | branch["properties"]
         branches.append(branch | {"required": ["loss_type"]})
     return {"type": "object", "anyOf": branches}

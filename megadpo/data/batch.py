@@ -54,6 +54,14 @@ class PackedBatch:
     """Numbers of the groups in their store."""
     used: int
     """Rows that are not padding."""
+    reference_N: Tensor | None = None
+    """float32, log-probability of each scored token under the reference, where the objective looks at tokens."""
+    labels_S: Tensor | None = None
+    """bool, desirable or not, in unpaired data."""
+    scores_S: Tensor | None = None
+    """float32, a judge's score of each response, in data that has them."""
+    body_N: Tensor | None = None
+    """bool, False for scored tokens that are formatting, where that is known."""
 
     def to(self, device: torch.device) -> PackedBatch:
         moved = {

@@ -1,18 +1,21 @@
 """Objectives over pairs: the first response of a group is the chosen one, the second the rejected one.
 
-Notation: w chosen, l rejected; r = beta (log policy - log reference), the implicit reward of a response (nats).
+Notation, here and in the files beside: w chosen, l rejected; p policy, q reference; D = log p - log q of a response
+(nats, summed over its tokens); |y| its scored tokens, the end-of-sequence token included; b = beta; r = b D, the
+implicit reward; h = log sigmoid, s = sigmoid. Every loss is a mean over pairs, where it does not say otherwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megadpo.objectives.base import Outcome, Sequences
+from megadpo.objectives.base import Formula, Outcome, Sequences, Unit, sums_of
 
 PAIR_METRICS = (
     "rewards/chosen",
@@ -23,60 +26,291 @@ PAIR_METRICS = (
     "logps/rejected",
 )
 
-
 TIE = 1e-4
 """Nats. Log-ratios nearer than this are the rounding of two grids or two packings, not a preference."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Sequences whose groups have two responses each; column 0 chosen, column 1 rejected. float64."""
+
+    sequences: Sequences
+
+    @cached_property
+    def policy_G2(self) -> Tensor:
+        return self.sequences.field("policy_S").view(-1, 2)
+
+    @cached_property
+    def reference_G2(self) -> Tensor:
+        return self.sequences.field("reference_S").view(-1, 2)
+
+    @cached_property
+    def tokens_G2(self) -> Tensor:
+        return self.sequences.tokens_S.double().view(-1, 2).clamp(min=1)
+
+    @property
+    def ratio_G2(self) -> Tensor:
+        """D of both."""
+        return self.policy_G2 - self.reference_G2
+
+    @property
+    def margin_G(self) -> Tensor:
+        """D_w - D_l."""
+        return difference(self.ratio_G2)
+
+    @property
+    def average_G2(self) -> Tensor:
+        """log p / |y|."""
+        return self.policy_G2 / self.tokens_G2
+
+    @property
+    def score_margin_G(self) -> Tensor:
+        """Judge's score of the chosen response minus that of the rejected one."""
+        return difference(self.sequences.field("scores_S").view(-1, 2))
+
+
+def difference(values_G2: Tensor) -> Tensor:
+    """Chosen minus rejected."""
+    return values_G2[:, 0] - values_G2[:, 1]
+
+
 def pair_metrics(policy_G2: Tensor, reward_G2: Tensor, beta: float) -> Tensor:
     """Sums of PAIR_METRICS over the groups. A tie counts half an accuracy (TRL counts it as a miss)."""
-    margin_G = reward_G2[:, 0] - reward_G2[:, 1]
+    margin_G = difference(reward_G2)
     tie_G = margin_G.abs() < TIE * beta
     accuracy_G = torch.where(tie_G, torch.full_like(margin_G, 0.5), (margin_G > 0).to(margin_G.dtype))
-    return torch.stack(
-        [
-            reward_G2[:, 0].sum(),
-            reward_G2[:, 1].sum(),
-            margin_G.sum(),
-            accuracy_G.sum(),
-            policy_G2[:, 0].sum(),
-            policy_G2[:, 1].sum(),
-        ]
-    ).detach()
+    return sums_of(*reward_G2.unbind(1), margin_G, accuracy_G, *policy_G2.unbind(1))
+
+
+class Pairwise(Formula):
+    """A mean over pairs of `losses`; rewards are b D where a class does not say otherwise."""
+
+    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
+
+    @property
+    def scale(self) -> float:
+        """Reward per nat, for the metrics."""
+        return float(getattr(self, "beta", 1.0))
+
+    def rewards(self, pairs: Pairs) -> Tensor:
+        """float64 [G, 2], for the metrics."""
+        return self.scale * pairs.ratio_G2
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        """float64 [G]."""
+        raise NotImplementedError
+
+    def __call__(self, sequences: Sequences) -> Outcome:
+        pairs = Pairs(sequences)
+        metrics = pair_metrics(pairs.policy_G2, self.rewards(pairs), self.scale)
+        return Outcome(self.losses(pairs).sum(), sequences.count(self.unit), metrics)
+
+
+class PairwiseWithNLL(Pairwise):
+    """`losses` plus `nll_weight` x `nll`, whose mean is over `nll_unit` of the global batch."""
+
+    metrics: ClassVar[tuple[str, ...]] = (*PAIR_METRICS, "nll_loss")
+
+    @property
+    def nll_weight(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def nll_unit(self) -> Unit:
+        return "groups"
+
+    def nll(self, pairs: Pairs) -> Tensor:
+        """float64 [G]: each pair's part of the numerator."""
+        return -pairs.average_G2[:, 0]
+
+    def __call__(self, sequences: Sequences) -> Outcome:
+        outcome, pairs = super().__call__(sequences), Pairs(sequences)
+        nll = sequences.rescale(self.nll_unit, to="groups") * self.nll(pairs).sum()
+        return Outcome(outcome.loss + self.nll_weight * nll, outcome.count, torch.cat([outcome.metrics, sums_of(nll)]))
+
+
+def smoothed(margin_G: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) h(m) - e h(-m)."""
+    return -(1 - label_smoothing) * logsigmoid(margin_G) - label_smoothing * logsigmoid(-margin_G)
+
+
+POSITIVE = "over 0; 0.1 is usual"
+SMOOTHING = "in [0, 0.5); at 0.5 the labels say nothing; 0 is plain DPO"
 
 
 @dataclass(frozen=True)
-class DPO:
-    """L = -(1 - e) log sigmoid(r_w - r_l) - e log sigmoid(r_l - r_w), mean over pairs.
+class DPO(Pairwise):
+    """Direct preference optimisation; with label_smoothing > 0 the conservative one (cDPO).
 
-    e = label_smoothing = 0: Rafailov et al. 2023, equation 7 (arXiv 2305.18290). e > 0: conservative DPO, Mitchell
-    2023, equation 3 (ericmitchell.ai/cdpo.pdf). TRL's `sigmoid` ignores label_smoothing since its #3906; here it
-    means what the paper says.
+    Formula: -(1 - e) h(b (D_w - D_l)) - e h(-b (D_w - D_l)), e = label_smoothing
+
+    Paper: Rafailov et al. 2023, equation 7 (arXiv 2305.18290). e > 0: Mitchell 2023, equation 3
+    (ericmitchell.ai/cdpo.pdf).
+
+    TRL: `sigmoid` ignores label_smoothing since its #3906; here it means what the paper says.
     """
 
     beta: float = 0.1
+    """How hard the policy is held to the reference."""
     label_smoothing: float = 0.0
-
-    needs_reference: ClassVar[bool] = True
-    responses: ClassVar[int | None] = 2
-    metrics: ClassVar[tuple[str, ...]] = PAIR_METRICS
+    """Probability that a label is the wrong way round."""
 
     def problems(self) -> list[str]:
-        found = []
-        if not self.beta > 0:
-            found.append(f"objective.beta = {self.beta}: must be over 0; 0.1 is usual")
-        if not 0 <= self.label_smoothing < 0.5:
-            found.append(
-                f"objective.label_smoothing = {self.label_smoothing}: must be in [0, 0.5); at 0.5 the labels say "
-                "nothing; 0 is plain DPO"
-            )
-        return found
+        return self.must(beta=(self.beta > 0, POSITIVE), label_smoothing=(0 <= self.label_smoothing < 0.5, SMOOTHING))
 
-    def __call__(self, sequences: Sequences) -> Outcome:
-        assert sequences.reference_S is not None
-        policy_G2 = sequences.policy_S.view(-1, 2)
-        reward_G2 = self.beta * (policy_G2 - sequences.reference_S.view(-1, 2))
-        margin_G = reward_G2[:, 0] - reward_G2[:, 1]
-        loss_G = -(1 - self.label_smoothing) * logsigmoid(margin_G) - self.label_smoothing * logsigmoid(-margin_G)
-        count = torch.tensor(len(loss_G), dtype=torch.int, device=loss_G.device)
-        return Outcome(loss_G.sum(), count, pair_metrics(policy_G2, reward_G2, self.beta))
+    def losses(self, pairs: Pairs) -> Tensor:
+        return smoothed(self.beta * pairs.margin_G, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class RobustDPO(Pairwise):
+    """DPO that is unbiased under labels flipped with a known probability.
+
+    Formula: [-(1 - e) h(b (D_w - D_l)) + e h(-b (D_w - D_l))] / (1 - 2 e), e = label_smoothing
+
+    Paper: Chowdhury et al. 2024, equation 12 (arXiv 2403.00409).
+
+    TRL: `robust`, equal.
+    """
+
+    beta: float = 0.1
+    """How hard the policy is held to the reference."""
+    label_smoothing: float = 0.1
+    """Probability that a label is the wrong way round."""
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE), label_smoothing=(0 <= self.label_smoothing < 0.5, SMOOTHING))
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        margin_G, flipped = self.beta * pairs.margin_G, self.label_smoothing
+        return (-(1 - flipped) * logsigmoid(margin_G) + flipped * logsigmoid(-margin_G)) / (1 - 2 * flipped)
+
+
+@dataclass(frozen=True)
+class RDPO(Pairwise):
+    """DPO with a length penalty in the implicit reward.
+
+    Formula: -h(b (D_w - D_l) + a |y_w| - a |y_l|), a = alpha
+
+    Paper: Park et al. 2024 (arXiv 2403.19159), with the sign that SimPO's table 3 prints.
+
+    TRL: absent.
+    """
+
+    beta: float = 0.1
+    """How hard the policy is held to the reference."""
+    alpha: float = 0.01
+    """Penalty per token; 0 is DPO."""
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE), alpha=(self.alpha >= 0, "at least 0; 0 is DPO"))
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.margin_G + self.alpha * difference(pairs.tokens_G2))
+
+
+@dataclass(frozen=True)
+class NormDPO(Pairwise):
+    """Length-normalised DPO (Tulu 3's DPO-norm).
+
+    Formula: -h(b (D_w / |y_w| - D_l / |y_l|))
+
+    Paper: Lambert et al. 2024, section 4.3 (arXiv 2411.15124).
+
+    TRL: `sigmoid_norm`; its lengths are counted on a mask with one position more, all of them equal to ours.
+    """
+
+    beta: float = 5.0
+    """How hard the policy is held to the reference; per token, so some fifty times DPO's."""
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, "over 0; 5 is Tulu 3's"))
+
+    def rewards(self, pairs: Pairs) -> Tensor:
+        return self.beta * pairs.ratio_G2 / pairs.tokens_G2
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(difference(self.rewards(pairs)))
+
+
+@dataclass(frozen=True)
+class DPOP(Pairwise):
+    """DPO-positive (Smaug): the chosen response must not become less likely than under the reference.
+
+    Formula: -h(b (D_w - D_l - a max(0, -D_w))), a = alpha
+
+    Paper: Pal et al. 2024, equation 3 (arXiv 2402.13228).
+
+    TRL: absent.
+    """
+
+    beta: float = 0.3
+    """How hard the policy is held to the reference."""
+    alpha: float = 50.0
+    """Weight of the penalty (the paper's lambda); 0 is DPO."""
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE), alpha=(self.alpha >= 0, "at least 0; 5 to 50 is usual"))
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * (pairs.margin_G - self.alpha * (-pairs.ratio_G2[:, 0]).clamp(min=0)))
+
+
+@dataclass(frozen=True)
+class SPIN(Pairwise):
+    """Self-play fine-tuning: chosen is the demonstration, rejected what the last round's policy wrote.
+
+    Formula: -h(b (D_w - D_l)), the reference being the policy of the round before (set reference.path each round)
+
+    Paper: Chen et al. 2024, equation 4.7 with the logistic loss (arXiv 2401.01335); b is its lambda.
+
+    TRL: `sigmoid` on generated rejected responses.
+    """
+
+    beta: float = 0.1
+    """How hard the policy is held to the last round's."""
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE))
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.margin_G)
+
+
+@dataclass(frozen=True)
+class DPOWithNLL(PairwiseWithNLL):
+    """DPO with the chosen response's negative log-likelihood (iterative RPO; regularised RPO; TRL's old rpo_alpha).
+
+    Formula: mean over pairs of -h(b (D_w - D_l)) + a NLL, a = alpha. NLL is by `normalise`: response: the mean over
+    pairs of -log p(y_w) / |y_w|; tokens: minus the sum of log p(y_w) over all pairs / the sum of |y_w|; sum: the mean
+    over pairs of -log p(y_w)
+
+    Paper: response: Pang et al. 2024, equation 1 of version 3 (arXiv 2404.19733). sum: Liu et al. 2024 (regularised
+    preference optimisation, arXiv 2405.16436; alpha 0.005).
+
+    TRL: `["sigmoid", "sft"]` is `tokens`, over one micro-batch of one rank; here over the global batch.
+    """
+
+    beta: float = 0.1
+    """How hard the policy is held to the reference."""
+    alpha: float = 1.0
+    """Weight of the likelihood term; 0 is DPO."""
+    normalise: Literal["response", "tokens", "sum"] = "response"
+    """What the likelihood term is a mean over."""
+
+    @property
+    def nll_weight(self) -> float:
+        return self.alpha
+
+    @property
+    def nll_unit(self) -> Unit:
+        return "first_tokens" if self.normalise == "tokens" else "groups"
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE), alpha=(self.alpha >= 0, "at least 0; 1 is usual"))
+
+    def losses(self, pairs: Pairs) -> Tensor:
+        return -logsigmoid(self.beta * pairs.margin_G)
+
+    def nll(self, pairs: Pairs) -> Tensor:
+        return -(pairs.average_G2 if self.normalise == "response" else pairs.policy_G2)[:, 0]

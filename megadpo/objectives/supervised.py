@@ -1,30 +1,30 @@
-"""Supervised fine-tuning: a group's one response is a demonstration."""
+"""Supervised fine-tuning: a group's first response is a demonstration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from megadpo.objectives.base import Outcome, Sequences
+from megadpo.objectives.base import Formula, Outcome, Sequences, Unit, sums_of
 
 
 @dataclass(frozen=True)
-class SFT:
-    """L = -sum of log p(response token) / number of response tokens, over the global batch.
+class SFT(Formula):
+    """Supervised fine-tuning: the likelihood of a demonstration; inside a mix, of the chosen response.
 
-    The mean is over tokens, so a long answer weighs more than a short one, as in next-token pretraining.
+    Formula: minus the sum of log p(y) / the sum of |y|, over the global batch
+
+    Paper: the usual next-token loss. The mean is over tokens, so a long answer weighs more than a short one. Which
+    tokens are scored (the answer, all turns, all tokens) is the data's business: |y| counts the scored ones.
+
+    TRL: `sft`, over one micro-batch of one rank; here over the global batch.
     """
 
-    needs_reference: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
     responses: ClassVar[int | None] = 1
+    unit: ClassVar[Unit] = "first_tokens"
     metrics: ClassVar[tuple[str, ...]] = ("logps/response",)
 
-    def problems(self) -> list[str]:
-        return []
-
     def __call__(self, sequences: Sequences) -> Outcome:
-        total = sequences.policy_S.sum()
-        count = sequences.tokens_S.sum().to(torch.int)
-        return Outcome(-total, count, total.detach().reshape(1))
+        policy_G = sequences.field("policy_S")[sequences.offsets_G1[:-1]]
+        return Outcome(-policy_G.sum(), sequences.count(self.unit), sums_of(policy_G))

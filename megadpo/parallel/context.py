@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,12 @@ class ParallelContext:
         """Sum over data-parallel ranks, in place."""
         dist.all_reduce(values, group=self.groups.dp)
         return values
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """What every data-parallel rank has, in rank order; anything small that can be pickled, tensors on the CPU."""
+        found: list[Any] = [None] * self.data_size
+        dist.all_gather_object(found, value, group=self.groups.dp)
+        return found
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Give every rank what the last stage of its pipeline holds, in place."""

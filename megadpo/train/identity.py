@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,15 @@ from megadpo.config import Config
 from megadpo.convert.hf_files import weights_digest
 from megadpo.errors import CheckpointError
 from megadpo.files import write_text
+from megadpo.objectives.names import as_settings
 
 FILE = "identity.json"
 
 
 def of_run(config: Config, data_digest: str) -> dict[str, Any]:
     """Settings that decide what the weights mean. Grid, logging and length may change between two starts."""
+    objective = as_settings(config.objective)
+    del objective["loss_type"]
     identity = {
         "model.weights": weights_digest(Path(config.model.path).expanduser()),
         "model.dtype": config.model.dtype,
@@ -26,7 +28,7 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
         "train.shuffle": config.train.shuffle,
         "batch.global_batch_size": config.batch.global_batch_size,
         "objective": type(config.objective).__name__,
-        **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
+        **{f"objective.{name}": value for name, value in objective.items()},
     }
     if config.objective.needs_reference:
         identity["reference.weights"] = weights_digest(Path(config.reference.path or config.model.path).expanduser())

@@ -18,6 +18,7 @@ from megadpo.data.stream import Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
+from megadpo.objectives.names import title
 from megadpo.observe.log import RunLog
 from megadpo.observe.versions import package_warnings, versions
 from megadpo.parallel import mcore_fixes
@@ -173,7 +174,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",
         f"grid       {grid_text}",
-        f"objective  {config.objective}",
+        f"objective  {title(config.objective)}",
         f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
         *(f"data.train {line}" for line in inputs.train.report.lines()),
         *(f"data.eval  {line}" for line in (inputs.held_out.report.lines() if inputs.held_out else [])),

@@ -14,7 +14,7 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream
 from megadpo.errors import NumericsError
 from megadpo.parallel.context import ParallelContext
-from megadpo.train.step import score
+from megadpo.train.passes import score
 
 CODE_VERSION = 1
 """Raise where a change of the forward pass could move reference log-probabilities."""
@@ -95,8 +95,8 @@ def score_groups(
     for start in range(0, len(groups), per_pass):
         part = groups[start : start + per_pass]
         batches = stream.batches(part, context.data_rank, reference=None)
-        for batch, sums_S in zip(batches, score(chunks, batches, context), strict=False):
-            column[_responses(stream, batch.groups).to(column.device)] = sums_S.double()
+        for batch, scores in zip(batches, score(chunks, batches, context), strict=False):
+            column[_responses(stream, batch.groups).to(column.device)] = scores.sums_S.double()
         done[_responses(stream, part).numpy()] = True
         progress(start + len(part))
     if context.holds_loss:

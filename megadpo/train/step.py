@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import megadpo_kernels
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
 from megadpo.errors import NumericsError
-from megadpo.objectives import Objective, Sequences
+from megadpo.objectives import Objective, Outcome, Sequences, across
 from megadpo.parallel.context import ParallelContext
-from megadpo.train.optimizer import clip_and_update, prepare_gradients
+from megadpo.train.optimizer import clip_and_update, prepare_gradients, settled
+from megadpo.train.passes import (
+    OnLastStage,
+    Shared,
+    forward,
+    global_counts,
+    mean_ratio,
+    run_schedule,
+    sequences_of,
+    with_reference,
+)
 from megadpo.train.state import TrainState
-
-OnLastStage = Callable[[PackedBatch, Tensor], Any]
-"""(micro-batch, response sums float32 [S]) -> what the schedule wants of the last stage."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,31 @@ def train_step(
     objective: Objective,
     reference: list | None,
     context: ParallelContext,
+    mismatched: Sequence[PackedBatch] | None = None,
 ) -> tuple[Sums, float]:
     """One update from this rank's micro-batches of a global batch; returns totals and the gradient norm.
 
     reference: chunks of a resident reference model, or None where the batches carry its log-probabilities (or the
-    objective needs none). Raises NumericsError, on every rank and before the weights change, where the loss or the
-    gradient is not finite.
+    objective needs none). mismatched: this rank's responses to other prompts than their own, for objectives that need
+    `mismatched_kl`. Raises NumericsError, on every rank and before the weights change, where the loss or the gradient
+    is not finite.
     """
     if reference is not None:
         batches = with_reference(reference, batches, context)
+    drift = None if mismatched is None else mean_ratio(state.chunks, reference, mismatched, context)
+    shared = Shared(global_counts(batches, context), drift)
+    if objective.whole_batch:  # one more forward pass, so that the formula sees the whole batch at once
+        with settled(state.chunks):
+            sequences = forward(state.chunks, batches, objective, shared, context)
+        totals, slopes = totals_across(sequences, objective, context)
+        on_last_stage = slopes_of(objective, shared, slopes)
+    else:
+        totals, on_last_stage = None, objective_of(objective, shared)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    results = run_schedule(state.chunks, batches, objective_of(objective), context, forward_only=False)
-    sums = total(results, objective, context)
+    results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False)
+    sums = read(total(results, objective, context) if totals is None else totals, objective, context)
     if not math.isfinite(sums.loss):
         raise NumericsError(f"step {state.step + 1}: the loss is {sums.loss}; {_WHAT_TO_DO}")
     grad_norm = prepare_gradients(state.optimizer)
@@ -72,82 +87,71 @@ _WHAT_TO_DO = (
 )
 
 
-def run_schedule(
-    chunks: Sequence[Any],
-    batches: Sequence[PackedBatch],
-    on_last_stage: OnLastStage,
-    context: ParallelContext,
-    forward_only: bool,
-) -> list:
-    """Megatron-Core's pipeline schedule (or its loop without a pipeline) over the micro-batches.
+def objective_of(objective: Objective, shared: Shared) -> OnLastStage:
+    """For the schedule: (loss sum, count, this micro-batch's totals)."""
 
-    Returns what `on_last_stage` put last, per micro-batch in order; an empty list on earlier stages.
-    """
-
-    def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable]:
-        batch = next(iterator)
-        output = chunk(batch)
-        # Called by the schedule on the last stage only; earlier stages' output is hidden states.
-        return output, lambda logprob_N: on_last_stage(batch, response_sums(logprob_N, batch))
-
-    moved = [batch.to(context.device) for batch in batches]
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(moved) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(moved),
-        seq_length=len(moved[0].tokens_T),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-
-
-def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
-    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream."""
-    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
-
-
-def objective_of(objective: Objective) -> OnLastStage:
-    """For the schedule: (loss sum, count, this micro-batch's totals float64 [4 + metrics])."""
-
-    def on_last_stage(batch: PackedBatch, sums_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outcome = objective(Sequences(sums_S, batch.reference_S, batch.tokens_S, batch.offsets_G1))
-        loss = outcome.loss.detach()
-        groups = torch.full_like(loss, len(batch.groups))
-        totals = torch.stack([loss, outcome.count, groups, batch.tokens_S.sum()]).double()
-        return outcome.loss, outcome.count, torch.cat([totals, outcome.metrics.double()])
+    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = sequences_of(batch, logprob_N, objective, shared)
+        outcome = objective(sequences)
+        return outcome.loss, outcome.count, totals_of(outcome, sequences)
 
     return on_last_stage
 
 
-def total(results: list[Tensor], objective: Objective, context: ParallelContext) -> Sums:
-    """Add up the micro-batches of all data-parallel ranks and tell every rank. The step's one read-back."""
+def slopes_of(objective: Objective, shared: Shared, slopes: list[dict[str, Tensor]]) -> OnLastStage:
+    """For the schedule, where the whole batch's loss is known: what has its gradient, and the count.
+
+    slopes: of this rank's micro-batches, in the order in which the schedule takes them.
+    """
+    coming = iter(slopes)
+
+    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, None]:
+        sequences = sequences_of(batch, logprob_N, objective, shared)
+        slope = {name: value.to(logprob_N.device) for name, value in next(coming).items()}
+        return across.along(sequences, slope), sequences.count(objective.unit), None
+
+    return on_last_stage
+
+
+def totals_of(outcome: Outcome, sequences: Sequences) -> Tensor:
+    """float64 [4 + metrics]: loss sum, count, groups, scored tokens, metric sums."""
+    loss, counts = outcome.loss.detach().double(), sequences.counts
+    totals = torch.stack([loss, outcome.count.double(), counts.groups.double(), counts.tokens.double()])
+    return torch.cat([totals, outcome.metrics.double()])
+
+
+def total(results: Sequence[Tensor], objective: Objective, context: ParallelContext) -> Tensor:
+    """Add up the totals of the micro-batches of all data-parallel ranks; right on the last stage."""
     totals = torch.zeros(4 + len(objective.metrics), dtype=torch.float64, device=context.device)
     for result in results:
         totals += result
-    if context.holds_loss:
-        context.sum_over_data(totals)
+    return context.sum_over_data(totals) if context.holds_loss else totals
+
+
+def totals_across(
+    sequences: Sequence[Sequences], objective: Objective, context: ParallelContext
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """Totals of an objective that looks across groups, and the slopes of this rank's micro-batches (CPU tensors).
+
+    sequences: of this rank's micro-batches, without gradient. Right on the last stage.
+    """
+    totals = torch.zeros(4 + len(objective.metrics), dtype=torch.float64, device=context.device)
+    if not context.holds_loss:
+        return totals, []
+    ranks = context.gather_over_data([part.to(torch.device("cpu")) for part in sequences])
+    every = [part for rank in ranks for part in rank]
+    outcome, slopes = across.slopes(every, objective)
+    before = sum(len(rank) for rank in ranks[: context.data_rank])
+    totals += totals_of(outcome, across.join(every)).to(context.device)
+    return totals, slopes[before : before + len(sequences)]
+
+
+def read(totals: Tensor, objective: Objective, context: ParallelContext) -> Sums:
+    """Tell every rank, as numbers. The step's one read-back."""
     loss, count, groups, tokens, *metrics = context.from_last_stage(totals).tolist()
-    means = {name: value / max(groups, 1) for name, value in zip(objective.metrics, metrics, strict=True)}
+    sums = dict(zip(objective.metrics, metrics, strict=True))
+    means = {
+        name: value / max(sums[objective.shares[name]] if name in objective.shares else groups, 1)
+        for name, value in sums.items()
+    }
     return Sums(loss / max(count, 1), means, int(groups), int(tokens))
-
-
-@torch.no_grad()
-def score(chunks: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext) -> list[Tensor]:
-    """Response sums float32 [S] of each micro-batch, in order; an empty list except on the last stage."""
-
-    def sums_only(batch: PackedBatch, sums_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return sums_S.sum(), torch.zeros((), dtype=torch.int, device=sums_S.device), sums_S
-
-    return run_schedule(chunks, batches, sums_only, context, forward_only=True)
-
-
-def with_reference(
-    reference: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext
-) -> list[PackedBatch]:
-    """The batches with a resident reference's log-probabilities; unchanged except on the last stage, which alone
-    uses them."""
-    scored = score(reference, batches, context)
-    if not scored:
-        return list(batches)
-    return [replace(batch, reference_S=sums_S) for batch, sums_S in zip(batches, scored, strict=True)]

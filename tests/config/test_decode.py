@@ -13,7 +13,7 @@ from megadpo.config.check import check_grid, check_world, problems
 from megadpo.config.decode import load_config, to_yaml
 from megadpo.config.schema import json_schema
 from megadpo.errors import ConfigError
-from megadpo.objectives import DPO, SFT
+from megadpo.objectives import DPO, OBJECTIVES, SFT
 
 GOOD = """\
 run_dir: runs/one
@@ -112,8 +112,8 @@ MISTAKES = [
     ("objective: dpo\n", 'objective = "dpo": must be a section with loss_type and its settings'),
     ("parallel: [1, 2]\n", "parallel = [1, 2]: must be a section"),
     # choices
-    ("objective: {loss_type: dpoo}\n", 'objective.loss_type = "dpoo": must be one of dpo, sigmoid, sft (did you mean dpo?)'),
-    ("objective: {loss_type: [dpo]}\n", 'objective.loss_type = ["dpo"]: must be one of dpo, sigmoid, sft'),
+    ("objective: {loss_type: dpoo}\n", 'objective.loss_type = "dpoo": is no objective; did you mean dpo? There are dpo, robust'),
+    ("objective: {loss_type: [dpo]}\n", 'objective.loss_type = ["dpo"]: must be one name; for several objectives write loss_type: mix'),
     ("reference: {mode: residant}\n", 'reference.mode = "residant": must be one of precomputed, resident (did you mean resident?)'),
     ("optimizer: {lr_scheduler_type: step}\n", "must be one of cosine, linear, constant"),
     ("export: {dtype: bf16}\n", 'must be one of bfloat16, float16, float32 (did you mean bfloat16?) or null'),
@@ -310,8 +310,11 @@ def test_the_schema_describes_what_is_accepted():
     assert optimizer["learning_rate"] == {"type": "number", "default": 5e-07}
     assert "fraction of learning_rate" in optimizer["min_lr_ratio"]["description"]
     objectives = schema["properties"]["objective"]["anyOf"]
-    assert [branch["properties"]["loss_type"]["const"] for branch in objectives] == ["dpo", "sigmoid", "sft"]
-    assert "beta" not in objectives[2]["properties"]
+    named = {branch["properties"]["loss_type"]["enum"][0]: branch for branch in objectives}
+    assert list(named) == list(OBJECTIVES)
+    assert named["dpo"]["properties"]["loss_type"]["enum"] == ["dpo", "sigmoid", "cdpo"]
+    assert "beta" not in named["sft"]["properties"]
+    assert named["mix"]["properties"]["parts"]["items"] == {"$ref": "#/properties/objective"}
     assert json.loads(json.dumps(schema)) == schema
 
 

@@ -16,7 +16,7 @@ from megadpo.data.packing import Budget
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.model.logits import text_logits
 from megadpo.parallel.context import grid
-from megadpo.train.step import response_sums
+from megadpo.train.passes import response_sums
 
 VOCAB = 67
 

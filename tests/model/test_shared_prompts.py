@@ -19,7 +19,7 @@ from train.engine import Case, assemble, build, pieces, worst
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
 from megadpo.parallel.context import ParallelContext, grid
-from megadpo.train.step import run_schedule
+from megadpo.train.passes import response_sums, run_schedule
 
 NOISE = 1e-5
 BFLOAT16 = 0.1
@@ -63,11 +63,11 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
         return {"tokens": tokens, "gradients": pieces(state, lambda p: p.main_grad)}
 
 
-def weighted(batch: PackedBatch, sums_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An objective that treats every response differently; it counts groups."""
     sizes = batch.offsets_G1.diff().tolist()
     weights = [weight(g, k) for g, size in zip(batch.groups, sizes, strict=True) for k in range(size)]
-    loss = (sums_S * torch.tensor(weights)).sum()
+    loss = (response_sums(logprob_N, batch) * torch.tensor(weights)).sum()
     return loss, torch.tensor(len(batch.groups), dtype=torch.int), loss.detach()
 
 

@@ -1,0 +1,109 @@
+"""Ranked lists of any length, best first. Groups of one batch may differ in length. Notation: pairwise.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, relu
+
+from megadpo.objectives.base import Formula, Outcome, Sequences, sums_of
+from megadpo.objectives.pairwise import POSITIVE, TIE
+
+LIST_METRICS = ("rewards/best", "rewards/worst", "rewards/margins", "rewards/accuracies", "logps/best")
+
+
+def table(values_S: Tensor, sequences: Sequences) -> Iterator[Tensor]:
+    """[groups, K] for each length K that occurs: the values of the groups that have K responses."""
+    sizes_G = sequences.offsets_G1.diff()
+    for size in sizes_G.unique().tolist():
+        starts = sequences.offsets_G1[:-1][sizes_G == size]
+        yield values_S[starts[:, None] + torch.arange(size, device=values_S.device)]
+
+
+def list_metrics(policy_S: Tensor, reward_S: Tensor, tie: float, sequences: Sequences) -> Tensor:
+    """Sums of LIST_METRICS over the groups; accuracy: the fraction of a list's pairs in the right order, a tie half."""
+    first, last = sequences.offsets_G1[:-1], sequences.offsets_G1[1:] - 1
+    right = reward_S.new_zeros(1)
+    for reward_GK in table(reward_S, sequences):
+        better, worse = torch.triu_indices(reward_GK.shape[1], reward_GK.shape[1], 1, device=reward_S.device)
+        margin = reward_GK[:, better] - reward_GK[:, worse]
+        won = torch.where(margin.abs() < tie, 0.5, (margin > 0).double())
+        right = right + won.sum() / max(len(better), 1)
+    return sums_of(reward_S[first], reward_S[last], reward_S[first] - reward_S[last], right.reshape(1), policy_S[first])
+
+
+def plackett_luce(reward_S: Tensor, sequences: Sequences) -> Tensor:
+    """Minus log-probability of all groups' orders: sum over places k of log sum_(j >= k) exp(r_j) - r_k."""
+    loss = reward_S[:0].sum()  # 0, and the empty micro-batch has a graph too
+    for reward_GK in table(reward_S, sequences):
+        remaining_GK = reward_GK.flip(1).logcumsumexp(1).flip(1)
+        loss = loss + (remaining_GK - reward_GK)[:, :-1].sum()
+    return loss
+
+
+@dataclass(frozen=True)
+class PlackettLuceDPO(Formula):
+    """DPO over ranked lists of any length.
+
+    Formula: mean over lists of -sum_k log(exp(r_k) / sum_(j >= k) exp(r_j)), best first
+
+    Paper: Rafailov et al. 2023, appendix A.3, equations 18 to 20 (arXiv 2305.18290). With two responses it is DPO.
+
+    TRL: absent.
+    """
+
+    beta: float = 0.1
+    """How hard the policy is held to the reference."""
+
+    responses: ClassVar[int | None] = None
+    metrics: ClassVar[tuple[str, ...]] = LIST_METRICS
+
+    def problems(self) -> list[str]:
+        return self.must(beta=(self.beta > 0, POSITIVE))
+
+    def __call__(self, sequences: Sequences) -> Outcome:
+        policy_S = sequences.field("policy_S")
+        reward_S = self.beta * (policy_S - sequences.field("reference_S"))
+        metrics = list_metrics(policy_S, reward_S, TIE * self.beta, sequences)
+        return Outcome(plackett_luce(reward_S, sequences), sequences.count(self.unit), metrics)
+
+
+@dataclass(frozen=True)
+class RRHF(Formula):
+    """Rank responses to align with human feedback: hinges on average log-probabilities, with the best one's likelihood.
+
+    Formula: mean over lists of sum_(i better than j) max(0, P_j - P_i) - a log p(y_best); P = log p(y) / |y|^c, a =
+    alpha, c = length_penalty
+
+    Paper: Yuan et al. 2023, equations 1 to 4 (arXiv 2304.05302), with a = c = 1.
+
+    TRL: absent.
+    """
+
+    alpha: float = 1.0
+    """Weight of the likelihood term."""
+    length_penalty: float = 1.0
+    """Power of the length that a log-probability is divided by."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    responses: ClassVar[int | None] = None
+    metrics: ClassVar[tuple[str, ...]] = LIST_METRICS
+
+    def problems(self) -> list[str]:
+        return self.must(
+            alpha=(self.alpha >= 0, "at least 0; 1 is the paper's"),
+            length_penalty=(self.length_penalty >= 0, "at least 0; 1 is the paper's"),
+        )
+
+    def __call__(self, sequences: Sequences) -> Outcome:
+        policy_S = sequences.field("policy_S")
+        score_S = policy_S / sequences.tokens_S.double().clamp(min=1) ** self.length_penalty
+        loss = -self.alpha * policy_S[sequences.offsets_G1[:-1]].sum()
+        for score_GK in table(score_S, sequences):
+            better, worse = torch.triu_indices(score_GK.shape[1], score_GK.shape[1], 1, device=score_S.device)
+            loss = loss + relu(score_GK[:, worse] - score_GK[:, better]).sum()
+        metrics = list_metrics(policy_S, score_S, TIE, sequences)
+        return Outcome(loss, sequences.count(self.unit), metrics)

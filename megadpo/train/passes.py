@@ -1,0 +1,157 @@
+"""Passes of a model over the micro-batches of a batch, and what the objective gets of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import megadpo_kernels
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megadpo.data.batch import PackedBatch
+from megadpo.objectives import Counts, Objective, Sequences
+from megadpo.parallel.context import ParallelContext
+from megadpo.train.optimizer import settled
+
+OnLastStage = Callable[[PackedBatch, Tensor], Any]
+"""(micro-batch, log-probabilities of its scored tokens float32 [N]) -> what the schedule wants of the last stage."""
+
+
+def run_schedule(
+    chunks: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    on_last_stage: OnLastStage,
+    context: ParallelContext,
+    forward_only: bool,
+) -> list:
+    """Megatron-Core's pipeline schedule (or its loop without a pipeline) over the micro-batches.
+
+    Returns what `on_last_stage` put last, per micro-batch in order; an empty list on earlier stages.
+    """
+
+    def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable]:
+        batch = next(iterator)
+        output = chunk(batch)
+        # Called by the schedule on the last stage only; earlier stages' output is hidden states.
+        return output, lambda logprob_N: on_last_stage(batch, logprob_N)
+
+    moved = [batch.to(context.device) for batch in batches]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(moved) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(moved),
+        seq_length=len(moved[0].tokens_T),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
+    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream."""
+    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every micro-batch is told of the global batch; meaningful on the last stage, which alone uses it."""
+
+    whole: Counts | None
+    mismatched_kl: Tensor | None = None
+
+
+def sequences_of(batch: PackedBatch, logprob_N: Tensor, objective: Objective, shared: Shared) -> Sequences:
+    """What the objective gets of one micro-batch."""
+    return Sequences(
+        policy_S=response_sums(logprob_N, batch),
+        reference_S=batch.reference_S,
+        tokens_S=batch.tokens_S,
+        offsets_G1=batch.offsets_G1,
+        labels_S=batch.labels_S,
+        scores_S=batch.scores_S,
+        policy_N=logprob_N if "policy_N" in objective.needs else None,
+        reference_N=batch.reference_N if "reference_N" in objective.needs else None,
+        body_N=batch.body_N,
+        mismatched_kl=shared.mismatched_kl,
+        whole=shared.whole,
+    )
+
+
+def global_counts(parts: Sequence[PackedBatch] | Sequence[Sequences], context: ParallelContext) -> Counts:
+    """Of the micro-batches of all data-parallel ranks; right on the last stage."""
+    sums = torch.zeros(len(fields(Counts)), dtype=torch.int64, device=context.device)
+    for part in parts:
+        sums += torch.stack([*vars(Counts.of(part.tokens_S, part.offsets_G1)).values()]).to(sums.device)
+    return Counts(*(context.sum_over_data(sums) if context.holds_loss else sums))
+
+
+@torch.no_grad()
+def forward(
+    chunks: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    shared: Shared,
+    context: ParallelContext,
+) -> list[Sequences]:
+    """What the objective would get of each micro-batch, in order; an empty list except on the last stage."""
+
+    def keep(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Sequences]:
+        sequences = sequences_of(batch, logprob_N, objective, shared)
+        return sequences.policy_S.sum(), torch.zeros((), dtype=torch.int, device=logprob_N.device), sequences
+
+    return run_schedule(chunks, batches, keep, context, forward_only=True)
+
+
+@torch.no_grad()
+def score(chunks: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext) -> list[Scores]:
+    """Log-probabilities of each micro-batch, in order; an empty list except on the last stage."""
+
+    def keep(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Scores]:
+        scores = Scores(response_sums(logprob_N, batch), logprob_N)
+        return scores.sums_S.sum(), torch.zeros((), dtype=torch.int, device=logprob_N.device), scores
+
+    return run_schedule(chunks, batches, keep, context, forward_only=True)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities float32 of a micro-batch's responses and of their tokens."""
+
+    sums_S: Tensor
+    logprob_N: Tensor
+
+
+def with_reference(
+    reference: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext
+) -> list[PackedBatch]:
+    """The batches with a resident reference's log-probabilities; unchanged except on the last stage, which alone
+    uses them."""
+    scored = score(reference, batches, context)
+    if not scored:
+        return list(batches)
+    return [
+        replace(batch, reference_S=scores.sums_S, reference_N=scores.logprob_N)
+        for batch, scores in zip(batches, scored, strict=True)
+    ]
+
+
+def mean_ratio(
+    chunks: list, reference: list | None, batches: Sequence[PackedBatch], context: ParallelContext
+) -> Tensor:
+    """float64 scalar: mean of log policy - log reference over the responses of all data-parallel ranks' micro-batches;
+    right on the last stage. The reference's is in the batches where there is no resident one."""
+    if reference is not None:
+        batches = with_reference(reference, batches, context)
+    sums = torch.zeros(2, dtype=torch.float64, device=context.device)
+    with settled(chunks):
+        scored = score(chunks, batches, context)
+    for batch, scores in zip(batches, scored, strict=False):
+        assert batch.reference_S is not None
+        ratio_S = scores.sums_S.double() - batch.reference_S.to(context.device)
+        sums += torch.stack([ratio_S.sum(), torch.tensor(float(len(ratio_S)), device=context.device)])
+    if context.holds_loss:
+        context.sum_over_data(sums)
+    return sums[0] / sums[1].clamp(min=1)
