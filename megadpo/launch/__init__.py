@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
+
 from megadpo.config import Config
 from megadpo.launch.failure import RankFailedError
 from megadpo.launch.join import join
@@ -29,8 +31,6 @@ def start(config: Config, job: Job, preload: Callable[[], object] | None = None)
     rank = joined(os.environ)
     if rank is not None:
         return join(config, rank, job)
-    import torch  # the other commands of this room do without
-
     gpus = torch.cuda.device_count()
     count = local_processes(config.parallel, gpus)
     if not gpus and preload is not None:

@@ -1,4 +1,4 @@
-"""A run as a SLURM job: checked here, frozen in the run folder, submitted with sbatch. No torch, no shell."""
+"""A run as a SLURM job: checked here, frozen in the run folder, submitted with sbatch. Argument lists, no shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands, from what it writes: step, speed, time left, checkpoint, restarts, its SLURM job. No torch."""
+"""Where a run stands, from what it writes: step, speed, time left, checkpoint, restarts, its SLURM job."""
 
 from __future__ import annotations
 
