@@ -103,9 +103,11 @@ class Cluster:
         return self.job(number)
 
     def _has_ended(self, number: str) -> bool:
-        """A requeued job waits two minutes for the credential of its last start to run out; here it need not."""
+        """A requeued job waits two minutes for the credential of its last start to run out; here it need not. (The new
+        one must only not be of the same second.)"""
         job = self.job(number)
         if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+            time.sleep(2)
             self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
         return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
 
