@@ -110,6 +110,11 @@ def host_names(nodes: str) -> list[str]:
     return names
 
 
+def host_name() -> str:
+    """As SLURM calls the node; its own name may be longer."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 # ---- what a node says of itself
 
 
@@ -325,7 +330,7 @@ def measure(store: Any, here: Place, nodes: int) -> dict[str, Any]:
         "rank": here.rank,
         "local_rank": here.local_rank,
         "first_here": here.first_here,
-        "host": socket.gethostname(),
+        "host": host_name(),
         "time": clock,
         "all_reduce": size / whole / 1e9,
         "pair": max(pairs) if pairs else None,
@@ -397,7 +402,7 @@ def meeting(here: Place) -> Iterator[Any]:
 def run(here: Place, run_dir: Path, need_gb: float) -> tuple[dict[str, list[str]], list[str]]:
     """What is wrong with each node and what was measured; on the first rank only. Others give whether all is well."""
     with meeting(here) as store:
-        mine: dict[str, Any] = {"host": socket.gethostname()}
+        mine: dict[str, Any] = {"host": host_name()}
         with shared(store, here, run_dir) if here.first_here else nullcontext() as problems:
             if here.first_here:
                 mine |= {"sharing": problems, **node_facts([run_dir, Path(tempfile.gettempdir())])}
@@ -411,7 +416,7 @@ def run(here: Place, run_dir: Path, need_gb: float) -> tuple[dict[str, list[str]
         try:
             measured = measure(store, here, nodes)
         except Exception as error:  # whatever the network makes of it
-            measured = {"error": f"rank {here.rank}: {str(error).splitlines()[0]}", "host": socket.gethostname()}
+            measured = {"error": f"rank {here.rank}: {str(error).splitlines()[0]}", "host": host_name()}
         every = gather(store, here, "speed", measured, 2 * COLLECTIVE)
         if here.rank != 0:
             store.wait(["verdict"], timedelta(seconds=2 * COLLECTIVE))
