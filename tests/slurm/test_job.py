@@ -169,8 +169,8 @@ def test_signals_reach_the_ranks_where_slurm_tracks_by_cgroup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: Cluster
 ) -> None:
     """As on most clusters: there a signal goes to the tasks themselves, not to their children."""
+    monkeypatch.setenv("PATH", os.environ["PATH"].replace(str(inside.folder), str(tmp_path / "cluster")))
     box = Cluster.start(tmp_path / "cluster", 2, PROCTRACK="cgroup")
-    monkeypatch.setenv("PATH", os.environ["PATH"].replace(str(inside.folder), str(box.folder)))
     try:
         run = launch(tmp_path, SAVES + "sleeping")
         running(run)
