@@ -77,10 +77,6 @@ def _parser() -> Parser:
         return added
 
     add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
-    _launch_options(add("launch", _launch, "Train as a SLURM job; on this machine where there is no SLURM."))
-    status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
-    status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    status.add_argument("--json", action="store_true", help="as one JSON object")
     add("prepare", _prepare, "Read and tokenise the data ahead of the run.")
     evaluate = add("eval", _eval, "Held-out metrics of a checkpoint.")
     evaluate.add_argument(
@@ -100,6 +96,10 @@ def _parser() -> Parser:
     export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
     export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    _launch_options(add("launch", _launch, "Train as a SLURM job; on this machine where there is no SLURM."))
+    status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
+    status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
 
