@@ -99,17 +99,18 @@ class Cluster:
 
     def ended(self, number: str) -> dict[str, str]:
         """Wait for the end of a job."""
-        until(f"job {number} ends", lambda: self._has_ended(number))
-        return self.job(number)
+        job: dict[str, str] = until(f"job {number} ends", lambda: self._ended(number))
+        return job
 
-    def _has_ended(self, number: str) -> bool:
-        """A requeued job waits two minutes for the credential of its last start to run out; here it need not. (The new
-        one must only not be of the same second.)"""
+    def _ended(self, number: str) -> dict[str, str] | None:
+        """The job where it has ended. A requeued job waits two minutes for the credential of its last start to run out;
+        here it need not. (The new one must only not be of the same second.)"""
         job = self.job(number)
         if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
             time.sleep(2)
             self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
-        return job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        goes_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
+        return None if job["JobState"] in goes_on else job
 
 
 @dataclass(frozen=True)
