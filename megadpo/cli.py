@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megadpo.errors import CheckpointError, DataError, MegadpoError
 from megadpo.observe.quiet import quiet
@@ -95,8 +96,35 @@ def _parser() -> Parser:
     export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
     export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    _launch_options(add("launch", _launch, "Train as a SLURM job; on this machine where there is no SLURM."))
+    status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
+    status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
+
+
+def _launch_options(parser: argparse.ArgumentParser) -> None:
+    """What is asked of SLURM; docs/slurm.md explains. Names are the fields of launch.slurm.Request."""
+
+    def option(name: str, text: str, kind: type = str, **more: Any) -> None:
+        parser.add_argument(name, help=text, type=kind, **more)
+
+    option("--nodes", "machines (default 1)", int)
+    option("--gpus-per-node", "GPUs on each, with one process for each GPU", int)
+    option("--processes-per-node", "processes on each, where nodes have no GPUs", int)
+    option("--cpus", "CPU cores per process", int)
+    for name in ("partition", "account", "qos", "constraint", "job-name"):
+        option(f"--{name}", f"sbatch's --{name}")
+    option("--time", "time limit: minutes, h:mm:ss or days-hours")
+    option("--container-image", "pyxis: run in this container", metavar="IMAGE")
+    option("--container-mounts", "pyxis: SRC:DST,...; must include run folder, data and models", metavar="MOUNTS")
+    option("--python", "interpreter on the nodes that has megadpo (default: this one)", metavar="PATH")
+    option("--save-before", "save so many seconds before the time limit (default 300)", int, metavar="SECONDS")
+    option("--max-restarts", "restarts in a row without a new checkpoint (default 3)", int, metavar="N")
+    option("--sbatch", "any other option of sbatch; may be repeated", metavar="KEY=VALUE", action="append")
+    parser.add_argument("--preflight", action="store_true", help="check the nodes before every start")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
 
 
 # ---- commands
@@ -104,6 +132,38 @@ def _parser() -> Parser:
 
 def _train(options: argparse.Namespace) -> int:
     return _start(_config(options), _train_rank)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from megadpo.launch import slurm
+
+    config = _config(options)
+    given = {field.name: getattr(options, field.name) for field in fields(slurm.Request)}
+    given = {name: value for name, value in given.items() if value is not None}
+    request = slurm.Request(**given | {"sbatch": tuple(options.sbatch or ())})
+    here = not slurm.have_slurm() and not options.dry_run
+    if here and not {"nodes", "gpus_per_node", "processes_per_node"} & given.keys():
+        return _train(options)
+    slurm.check(config, request)
+    if here:
+        grid = config.parallel
+        replicas = request.world_size // (grid.tensor_model_parallel_size * grid.pipeline_model_parallel_size)
+        print(f"no SLURM here (sbatch is not installed): {request.world_size} processes on this machine")
+        return _start(replace(config, parallel=replace(grid, data_parallel_size=replicas)), _train_rank)
+    if options.dry_run:
+        print(f"# {shlex.join(slurm.sbatch_command(config, request))}")
+        print((slurm.job_files() / "train.sbatch").read_text(encoding="utf-8"), end="")
+        return 0
+    print("\n".join(slurm.submitted(config, request, slurm.submit(config, request))))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from megadpo.launch.status import read_status, status_lines
+
+    status = read_status(Path(options.run_dir))
+    print(json.dumps(asdict(status)) if options.json else "\n".join(status_lines(status)))
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -74,6 +74,35 @@ def test_a_new_start_speaks_again(tmp_path):
             join(config_in(tmp_path), rank_of(0), job)
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "kept", "returned"),
+    [(0, 138, "138\n", 0), (0, 0, "0\n", 0), (2, 138, None, 0)],
+)
+def test_the_jobs_exit_code_goes_into_a_file(tmp_path, monkeypatch, number, code, kept, returned):
+    """srun ends the other ranks at the first code that is not 0, and they may still close files after a stop."""
+    end = tmp_path / "end"
+    monkeypatch.setenv("MEGADPO_END_FILE", str(end))
+    assert join(config_in(tmp_path), rank_of(number), lambda config, rank: code) == returned
+    assert (end.read_text() if end.exists() else None) == kept
+
+
+def test_the_first_mistake_is_the_jobs_exit_code(tmp_path, monkeypatch):
+    end = tmp_path / "end"
+    monkeypatch.setenv("MEGADPO_END_FILE", str(end))
+
+    def mistaken(config, rank):
+        raise DataError("the same everywhere")
+
+    def crashed(config, rank):
+        raise ValueError("its peer is gone")
+
+    with pytest.raises(DataError):
+        join(config_in(tmp_path), rank_of(3), mistaken)
+    with pytest.raises(RankFailedError):
+        join(config_in(tmp_path), rank_of(1), crashed)
+    assert end.read_text() == "2\n"
+
+
 SCRIPT = """
 import os, sys
 import torch, torch.distributed as dist
