@@ -144,6 +144,7 @@ def _import_training() -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
     from megadpo.observe.progress import Screen, Terminal
 
@@ -152,9 +153,7 @@ def _prepare(options: argparse.Namespace) -> int:
     for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if sources:
             with screen.task(f"{name}: rows", None) as task:
-                store = prepare(
-                    sources, config.data, config.model.path, config.objective.responses, config.batch, task.to
-                )
+                store = prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
             screen.line(f"{name}: {store.folder}")
             for line in store.report.lines():
                 screen.line(f"  {line}")
@@ -162,6 +161,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
     from megadpo.data.tokenizer import load_tokenizer
     from megadpo.observe.progress import Terminal
@@ -173,7 +173,7 @@ def _inspect(options: argparse.Namespace) -> int:
     name, sources = ("data.eval", config.data.eval) if options.eval else ("data.train", config.data.train)
     if not sources:
         raise DataError(f"{name} is not given in the run file; name files there, or leave --eval out")
-    store = prepare(sources, config.data, config.model.path, config.objective.responses, config.batch)
+    store = prepare(sources, config.data, config.model.path, wanted(config), config.batch)
     if not 0 <= options.group < len(store):
         raise DataError(f"--group {options.group}: {name} has the groups 0 to {len(store) - 1}")
     group = store.group(options.group)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megadpo.data.store import GroupStore
+from megadpo.data.tokenize import BODY, SCORED
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class PackedBatch:
     reference_N: Tensor | None = None
     """float32, log-probability of each scored token under the reference, where the objective looks at tokens."""
     labels_S: Tensor | None = None
-    """bool, desirable or not, in unpaired data."""
+    """bool, whether each response is a desirable one, where the data have labels."""
     scores_S: Tensor | None = None
-    """float32, a judge's score of each response, in data that has them."""
+    """float32, what a judge gave to each response, where the data have scores; NaN for a response without."""
     body_N: Tensor | None = None
-    """bool, False for scored tokens that are formatting, where that is known."""
+    """bool, False for scored tokens that are the form of a turn and not its text, where that was asked for."""
 
     def to(self, device: torch.device) -> PackedBatch:
         moved = {
@@ -106,7 +107,7 @@ def pack(
     segments: list[Segment] = []
     rows: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    known: list[np.ndarray] = []
+    bodies: list[np.ndarray] = []
     offsets = [0]
     at = 0
     for number in groups:
@@ -121,19 +122,22 @@ def pack(
             if before:
                 segments.append(Segment(*prefix, at, at))
             at += before
-        for response in group.response_ids:
+        for k, response in enumerate(group.response_ids):
             own = prompt[-1:] if share else prompt
             end = at + len(own) + len(response) - 1
             tokens[at : at + len(own)] = own
             tokens[at + len(own) : end] = response[:-1]
             positions[at:end] = np.arange(end - at) + (before if share else 0)
             segments.append(Segment(at, end, *(prefix if share else (at, at))))
-            rows.append(np.arange(end - len(response), end))
-            targets.append(response)
+            marks = np.full(len(response), SCORED) if group.marks is None else group.marks[k]
+            scored = (marks & SCORED) > 0
+            rows.append(np.arange(end - len(response), end)[scored])
+            targets.append(response[scored])
+            bodies.append((marks[scored] & BODY) > 0)
             at = end
         offsets.append(offsets[-1] + len(group.response_ids))
-        if reference is not None:
-            known.append(reference[store.offsets[number] : store.offsets[number + 1]])
+    members = [np.arange(store.offsets[number], store.offsets[number + 1]) for number in groups]
+    responses_S = _concatenate(members)
     assert at <= length, f"{at} rows in a stream of {length}"
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens),
@@ -142,10 +146,13 @@ def pack(
         targets_N=torch.from_numpy(_concatenate(targets)),
         tokens_S=torch.tensor([len(target) for target in targets], dtype=torch.int64),
         offsets_G1=torch.tensor(offsets, dtype=torch.int64),
-        reference_S=None if reference is None else torch.from_numpy(_concatenate(known, np.float32)),
+        reference_S=None if reference is None else torch.from_numpy(reference[responses_S].astype(np.float32)),
         segments=tuple(segments),
         groups=tuple(int(number) for number in groups),
         used=at,
+        labels_S=None if store.labels_S is None else torch.from_numpy(store.labels_S[responses_S]),
+        scores_S=None if store.scores_S is None else torch.from_numpy(store.scores_S[responses_S]),
+        body_N=torch.from_numpy(_concatenate(bodies, np.bool_)) if store.bodies else None,
     )
 
 

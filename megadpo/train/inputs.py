@@ -12,6 +12,7 @@ from megadpo.config.check import check_grid
 from megadpo.convert.families import read_shape
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
+from megadpo.data.kinds import wanted
 from megadpo.data.prepare import prepare
 from megadpo.data.store import GroupStore
 from megadpo.data.stream import open_streams
@@ -99,7 +100,7 @@ def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | N
 
     def store(name: str, sources: tuple[str, ...]) -> GroupStore:
         with screen.task(f"{name}: rows", None) as task:
-            return prepare(sources, config.data, config.model.path, config.objective.responses, config.batch, task.to)
+            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
 
     train = store("data.train", config.data.train)
     return train, store("data.eval", config.data.eval) if config.data.eval else None
