@@ -60,7 +60,59 @@ class _Chunk:
     marks: npt.NDArray[np.uint8]
 
 
-class GroupStore:
+class ReferenceColumns:
+    """The reference columns of a store with S responses, kept in its folder."""
+
+    folder: Path
+    digest: str
+    response_lengths: Ids
+
+    def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
+        """Keep the responses' log-probabilities under the reference `digest`: nats, float32 [S], NaN where unknown."""
+        if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
+            raise ValueError(f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
+        values = np.ascontiguousarray(logps_S)
+        metadata = {"store": self.digest, "reference": digest, "sha256": _sha256(values)}
+        schema = pa.schema([("logp", pa.float32())], metadata=metadata)
+        target = self._reference_file(digest)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        with storage_errors(target, "data.cache_dir"):
+            try:
+                with temporary.open("wb") as file:
+                    with pa.ipc.new_file(file, schema) as writer:
+                        writer.write(pa.record_batch([pa.array(values)], schema=schema))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def reference(self, digest: str) -> npt.NDArray[np.float32] | None:
+        """float32 [S] (NaN: not known), or None where no column was written for `digest`. Raises StorageError where the
+        column is damaged or was made for other tokens."""
+        path = self._reference_file(digest)
+        if not path.is_file():
+            return None
+        again = "delete it to compute it again"
+        try:
+            table = pa.ipc.open_file(path.read_bytes()).read_all()
+            values = np.array(table.column("logp").to_numpy(), dtype=np.float32)
+            known = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            raise StorageError(f"{path}: not a readable reference column ({error}); {again}") from error
+        if known.get("store") != self.digest or known.get("reference") != digest:
+            raise StorageError(f"{path}: the reference column of other data or of another model; {again}")
+        if known.get("sha256") != _sha256(values) or len(values) != len(self.response_lengths):
+            raise StorageError(f"{path}: the reference column is damaged (its checksum does not fit); {again}")
+        return values
+
+    def _reference_file(self, digest: str) -> Path:
+        if not re.fullmatch(r"[\w-]{1,128}", digest):
+            raise ValueError(f"a digest may have letters, digits, - and _ only: {digest!r}")
+        return self.folder / f"reference-{digest}.arrow"
+
+
+class GroupStore(ReferenceColumns):
     """G groups with S responses in a folder.
 
     digest: sha256 over the ids of all groups in their order; equal exactly for equal tokens.
@@ -131,50 +183,6 @@ class GroupStore:
     def key(self, number: int) -> str:
         """Hash of the ids of group `number`: what it is, wherever it stands."""
         return group_key(self.group(number))
-
-    def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
-        """Keep the responses' log-probabilities under the reference `digest`: nats, float32 [S], NaN where unknown."""
-        if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
-            raise ValueError(f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
-        values = np.ascontiguousarray(logps_S)
-        metadata = {"store": self.digest, "reference": digest, "sha256": _sha256(values)}
-        schema = pa.schema([("logp", pa.float32())], metadata=metadata)
-        target = self._reference_file(digest)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with storage_errors(target, "data.cache_dir"):
-            try:
-                with temporary.open("wb") as file:
-                    with pa.ipc.new_file(file, schema) as writer:
-                        writer.write(pa.record_batch([pa.array(values)], schema=schema))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def reference(self, digest: str) -> npt.NDArray[np.float32] | None:
-        """float32 [S] (NaN: not known), or None where no column was written for `digest`. Raises StorageError where the
-        column is damaged or was made for other tokens."""
-        path = self._reference_file(digest)
-        if not path.is_file():
-            return None
-        again = "delete it to compute it again"
-        try:
-            table = pa.ipc.open_file(path.read_bytes()).read_all()
-            values = np.array(table.column("logp").to_numpy(), dtype=np.float32)
-            known = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            raise StorageError(f"{path}: not a readable reference column ({error}); {again}") from error
-        if known.get("store") != self.digest or known.get("reference") != digest:
-            raise StorageError(f"{path}: the reference column of other data or of another model; {again}")
-        if known.get("sha256") != _sha256(values) or len(values) != len(self.response_lengths):
-            raise StorageError(f"{path}: the reference column is damaged (its checksum does not fit); {again}")
-        return values
-
-    def _reference_file(self, digest: str) -> Path:
-        if not re.fullmatch(r"[\w-]{1,128}", digest):
-            raise ValueError(f"a digest may have letters, digits, - and _ only: {digest!r}")
-        return self.folder / f"reference-{digest}.arrow"
 
 
 def group_key(group: TokenizedGroup) -> str:
