@@ -1,7 +1,7 @@
 """KTO's mismatched responses: every response of a global batch behind the prompt of another group of that batch.
 
-Their mean log-ratio estimates how far the policy has gone from the reference (KTO's z). What stands here is a function of
-data, seed and place in the run alone, so it is the same for any grid, micro-batch size and number of processes.
+Their mean log-ratio estimates how far the policy has gone from the reference (KTO's z). What stands here is a function
+of data, seed and place in the run alone, so it is the same for any grid, micro-batch size and number of processes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def mismatched(store: GroupStore, groups_R: npt.NDArray[np.int64], batch: int, s
     """The mismatched responses of a run: group r is the one that stands for the run's r-th group.
 
     groups_R: numbers in the store, in the order in which the run takes them, `batch` at a time; the last batch may be
-    smaller. Within a batch every response and every prompt stands once, and none behind its own prompt. Raises DataError
-    where a batch has no such pairing.
+    smaller. Within a batch every response and every prompt stands once, and none behind its own prompt. Raises
+    DataError where a batch has no such pairing.
     """
     if (np.diff(store.offsets) != 1).any():
         raise ValueError("mismatched responses need groups with one response each")
