@@ -85,6 +85,7 @@ class MemoryStore:
 
     def __init__(self, groups: list[TokenizedGroup]) -> None:
         self.groups = groups
+        self.folder, self.digest = Path("nowhere"), "in memory"
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in groups], dtype=np.int32)
         self.response_lengths = np.array([len(r) for g in groups for r in g.response_ids], dtype=np.int32)
         self.offsets = np.cumsum([0] + [len(g.response_ids) for g in groups])

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megadpo.data.mismatch import MismatchedStore
 from megadpo.data.store import GroupStore
 from megadpo.data.tokenize import BODY, SCORED
 
@@ -73,14 +74,14 @@ class PackedBatch:
         return replace(self, **moved)
 
 
-def stream_tokens(store: GroupStore, share: bool = True) -> np.ndarray:
+def stream_tokens(store: GroupStore | MismatchedStore, share: bool = True) -> np.ndarray:
     """int64 [G]: rows of the stream that each group takes, with its prompt once (share) or once per response."""
     prompt, response, group_S = _lengths(store)
     copies = 1 if share else np.diff(store.offsets)
     return (prompt * copies + np.bincount(group_S, response, len(prompt))).astype(np.int64)
 
 
-def attention_area(store: GroupStore, share: bool = True) -> np.ndarray:
+def attention_area(store: GroupStore | MismatchedStore, share: bool = True) -> np.ndarray:
     """float64 [G]: attended pairs of rows in each group; what attention costs beyond the linear layers."""
     prompt, response, group_S = _lengths(store)
     own = response * (response + 1) / 2 + response * prompt[group_S]
@@ -88,14 +89,18 @@ def attention_area(store: GroupStore, share: bool = True) -> np.ndarray:
     return prompt * (prompt + 1) / 2 * copies + np.bincount(group_S, own, len(prompt))
 
 
-def _lengths(store: GroupStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _lengths(store: GroupStore | MismatchedStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of each prompt [G] (its last token belongs to the responses), of each response [S], and its group [S]."""
     prompt = store.prompt_lengths.astype(np.float64) - 1
     return prompt, store.response_lengths.astype(np.float64), np.repeat(np.arange(len(prompt)), np.diff(store.offsets))
 
 
 def pack(
-    store: GroupStore, groups: Sequence[int], length: int, reference: np.ndarray | None, share: bool = True
+    store: GroupStore | MismatchedStore,
+    groups: Sequence[int],
+    length: int,
+    reference: np.ndarray | None,
+    share: bool = True,
 ) -> PackedBatch:
     """Lay the groups out in a stream of exactly `length` rows. `groups` may be empty; then all rows are padding.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from megadpo.config import BatchConfig, Config
 from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
+from megadpo.data.mismatch import MismatchedStore, mismatched
 from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
 from megadpo.errors import ConfigError
@@ -33,7 +34,7 @@ class Filling:
 class Stream:
     """A store read in a fixed order. The place in it is one integer: the groups consumed so far."""
 
-    store: GroupStore
+    store: GroupStore | MismatchedStore
     budget: Budget
     ranks: int
     """Data-parallel size."""
@@ -100,6 +101,31 @@ class Stream:
         repeated = int(self.repeated_G[groups].sum())
         cost = np.array([sum(self.cost_G[list(bin_)].sum() for bin_ in part) for part in bins])
         return Filling(rows, 1 - rows / every, repeated - rows, float(cost.max() / cost.mean() - 1))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A stream of groups with, where the objective needs one, the reference's log-probabilities."""
+
+    stream: Stream
+    column: np.ndarray | None
+    """float32 [S of the store]; None with a resident reference, or without one."""
+    mismatched: Scored | None = None
+    """For objectives that need `mismatched_kl`: the responses of the run's groups, in the run's order, behind other
+    prompts of their batch (the whole store is one batch in evaluation)."""
+
+    def mismatched_batches(self, consumed: int, count: int, rank: int) -> list[PackedBatch] | None:
+        """This data-parallel rank's part of the global batch at a place of the run."""
+        if self.mismatched is None:
+            return None
+        groups = np.arange(consumed, consumed + count)
+        return self.mismatched.stream.batches(groups, rank, self.mismatched.column)
+
+
+def mismatched_stream(stream: Stream, groups_R: np.ndarray, batch: int) -> Stream:
+    """Responses behind other prompts of their batch (see `mismatch.mismatched`), in the order of the run's groups."""
+    assert isinstance(stream.store, GroupStore)
+    return replace(stream, store=mismatched(stream.store, groups_R, batch, stream.seed), shuffle=False)
 
 
 def open_streams(

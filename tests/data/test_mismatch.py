@@ -22,9 +22,7 @@ def unpaired(prompts: list[int], lengths: list[int] | None = None) -> MemoryStor
         ids = np.array([1, *[50 + prompt] * length], dtype=np.int32)
         answer = np.full(1 + number % 3, 1000 + number, dtype=np.int32)
         groups.append(TokenizedGroup(f"row {number}", ids, (answer,), labels=(number % 2 == 0,)))
-    store = MemoryStore(groups)
-    store.folder, store.digest = None, "tokens"  # type: ignore[attr-defined]
-    return store
+    return MemoryStore(groups)
 
 
 @st.composite
@@ -103,7 +101,6 @@ def test_too_long_together() -> None:
     store = unpaired([0, 1, 2], [30, 2, 2])
     store.groups[1] = TokenizedGroup("b", store.groups[1].prompt_ids, (np.arange(200, 228, dtype=np.int32),))
     store = MemoryStore(store.groups)
-    store.folder, store.digest = None, "tokens"  # type: ignore[attr-defined]
     for seed in range(4):
         found = mismatched(store, np.arange(3), 3, seed)  # type: ignore[arg-type]
         for number in range(3):
