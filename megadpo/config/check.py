@@ -34,8 +34,6 @@ def _objective(config: Config) -> list[str]:
         return found  # a mix with a wrong part may not be able to say what it needs
     name = name_of(objective)
     missing = [NOT_GIVEN[need] for need in sorted(objective.needs) if need in NOT_GIVEN]
-    if objective.head == "scalar":
-        missing.insert(0, "a model with a scalar head")
     if missing:
         found.append(
             f"objective.loss_type = {name}: needs {' and '.join(missing)}, which the trainer does not give yet; take "

@@ -92,6 +92,9 @@ class ModelShape:
     """Embeddings are multiplied by this, rounded to the model's dtype."""
     logit_soft_cap: float | None = None
     """Logits become soft_cap * tanh(logit / soft_cap)."""
+    head: Literal["vocabulary", "scalar", "new scalar"] = "vocabulary"
+    """What stands on the trunk: an output layer over the vocabulary; a reward model's one row; or the latter over a
+    language model's trunk, beginning with zeros."""
 
     @property
     def attended_pair_cost(self) -> float:

@@ -33,14 +33,15 @@ WORDS: dict[Kind, str] = {
 class Wanted:
     """What an objective and the data section want of every group.
 
-    scores: every response must have one. loss_on: see DataConfig. body: formatting tokens are marked. convert: a name
-    of CONVERSIONS, or None. seed: of random choices.
+    kind: None where any will do. scores: every response must have one. loss_on: see DataConfig. body: formatting tokens
+    are marked. scalar: streams are a reward model's. convert: a name of CONVERSIONS, or None. seed: of random choices.
     """
 
-    kind: Kind
+    kind: Kind | None
     scores: bool = False
     loss_on: str = "answer"
     body: bool = False
+    scalar: bool = False
     convert: str | None = None
     seed: int = 0
 
@@ -60,14 +61,15 @@ def wanted(config: Config) -> Wanted:
         scores="scores_S" in objective.needs,
         loss_on=data.loss_on,
         body="body_N" in objective.needs,
+        scalar=objective.head == "scalar",
         convert=data.convert,
         seed=config.seed,
     )
 
 
-def fits(kind: Kind, to: Kind) -> bool:
+def fits(kind: Kind, to: Kind | None) -> bool:
     """Whether groups of a kind can be used as they are. A pair is a ranked list of two."""
-    return kind == to or (kind, to) == ("pairs", "lists")
+    return to is None or kind == to or (kind, to) == ("pairs", "lists")
 
 
 def converted(group: Group, wanted: Wanted) -> list[Group | Dropped]:
@@ -85,6 +87,7 @@ def converted(group: Group, wanted: Wanted) -> list[Group | Dropped]:
     elif fits(group.kind, wanted.kind):
         groups = [group]
     if groups is None or not all(fits(made.kind, wanted.kind) for made in groups):
+        assert wanted.kind is not None
         raise DataError(mismatch(group, wanted.kind))
     if wanted.scores and group.scores is None:
         return [Dropped(group.origin, NO_SCORE)]

@@ -47,7 +47,7 @@ def prepare(
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
     limit = Limit(data.max_length, data.truncation_mode)
     if batch is not None and batch.micro_batch_tokens is not None:
-        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt)
+        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt, scalar=wanted.scalar)
     folder = store_folder(sources, data, limit, tokenizer, wanted)
     if (folder / HEADER_FILE).is_file():
         return GroupStore.open(folder)

@@ -46,23 +46,25 @@ class Stream:
     shuffle: bool = False
     share: bool = True
     """Whether a prompt stands once for all its responses."""
+    scalar: bool = False
+    """Whether it is for a reward model (data/batch.py)."""
     grain: int | None = None
     """Streams end after their last group, rounded up to a multiple of this; None: all are as long as the budget."""
 
     @cached_property
     def tokens_G(self) -> np.ndarray:
         """int64, rows that each group of the store takes."""
-        return stream_tokens(self.store, self.share)
+        return stream_tokens(self.store, self.share, self.scalar)
 
     @cached_property
     def cost_G(self) -> np.ndarray:
         """float64, what each group of the store costs, in units of one row's linear layers."""
-        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share)
+        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share, self.scalar)
 
     @cached_property
     def repeated_G(self) -> np.ndarray:
         """int64, rows that each group would take with its prompt once per response."""
-        return stream_tokens(self.store, share=False)
+        return stream_tokens(self.store, share=False, scalar=self.scalar)
 
     def next_groups(self, consumed: int, count: int) -> np.ndarray:
         """int64 [count]: store numbers of the next groups; independent of the grid."""
@@ -85,7 +87,7 @@ class Stream:
 
     def pack(self, bins: list[Bin], reference: np.ndarray | None) -> list[PackedBatch]:
         """A micro-batch of each bin, on the CPU."""
-        return [pack(self.store, bin_, self.length(bin_), reference, self.share) for bin_ in bins]
+        return [pack(self.store, bin_, self.length(bin_), reference, self.share, self.scalar) for bin_ in bins]
 
     def length(self, bin_: Bin) -> int:
         """Rows of a bin's stream, padding included."""
@@ -139,7 +141,8 @@ def open_streams(
     grid = config.parallel
     pipeline, virtual = grid.pipeline_model_parallel_size, grid.virtual_pipeline_model_parallel_size
     multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
-    budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch)
+    scalar = config.objective.head == "scalar"
+    budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch, scalar)
     return [
         Stream(
             store,
@@ -150,6 +153,7 @@ def open_streams(
             seed=config.seed,
             shuffle=config.train.shuffle,
             share=config.batch.share_prompt,
+            scalar=scalar,
             grain=None if fixed_length or pipeline > 1 else multiple_of,
         )
         for store in stores
@@ -162,6 +166,7 @@ def choose_budget(
     pipeline: int,
     multiple_of: int,
     batch: BatchConfig,
+    scalar: bool = False,
 ) -> Budget:
     """The token budget of a run: what was asked for, or a choice from the data.
 
@@ -170,7 +175,7 @@ def choose_budget(
     `multiple_of` (sequence parallelism splits the stream). Raises ConfigError where a group is longer than asked.
     """
     asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
-    tokens = [stream_tokens(store, batch.share_prompt) for store in stores]
+    tokens = [stream_tokens(store, batch.share_prompt, scalar) for store in stores]
     longest = max(int(t.max()) for t in tokens)
     if asked is not None:
         if asked % multiple_of:

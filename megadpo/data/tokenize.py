@@ -47,13 +47,14 @@ class Limit:
 
     max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig. rows: most rows that
     the whole group may take in a packed stream, if there is such a bound; share: whether its prompt stands there once
-    or once per response.
+    or once per response. scalar: the stream is a reward model's, see data/batch.py.
     """
 
     max_length: int
     truncation_mode: str
     rows: int | None = None
     share: bool = True
+    scalar: bool = False
 
 
 @dataclass(frozen=True)
@@ -331,14 +332,15 @@ def _cut_rows(
 ) -> tuple[list[int], list[list[int]]]:
     """The same for the rows of the whole group: the prompt first, then the ends of the longest responses. The prompt's
     last token takes no row of its own (data/batch.py)."""
-    copies = 1 if limit.share else len(responses)
+    copies, spare = 1 if limit.share else len(responses), 0 if limit.scalar else 1
     scored = sum(len(ids) for ids in responses)
-    if limit.rows is None or copies * (len(prompt) - 1) + scored <= limit.rows:
+    if limit.rows is None or copies * (len(prompt) - spare) + scored <= limit.rows:
         return prompt, responses
-    if limit.truncation_mode == "drop" or len(responses) > limit.rows:
+    if limit.truncation_mode == "drop" or len(responses) + copies * (1 - spare) > limit.rows:
         raise LeaveOutError(OVER_BUDGET)
-    prompt = _shorten(prompt, 1 + max(0, limit.rows - scored) // copies, limit.truncation_mode, bos_id)
-    room = limit.rows - copies * (len(prompt) - 1)
+    most_rows = max(1 - spare, (limit.rows - scored) // copies)
+    prompt = _shorten(prompt, spare + most_rows, limit.truncation_mode, bos_id)
+    room = limit.rows - copies * (len(prompt) - spare)
     most = max(len(ids) for ids in responses)
     while sum(min(len(ids), most) for ids in responses) > room:
         most -= 1

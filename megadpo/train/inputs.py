@@ -12,7 +12,7 @@ import numpy as np
 
 from megadpo.config import Config
 from megadpo.config.check import check_grid
-from megadpo.convert.families import read_shape
+from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.kinds import wanted
@@ -54,7 +54,7 @@ class Inputs:
 
 def read_shapes(config: Config, world_size: int) -> Shapes:
     """Raises ModelError for a folder that is no supported model, ConfigError for a grid that does not fit it."""
-    policy = read_shape(_folder(config.model.path))
+    policy = with_head(read_shape(_folder(config.model.path)), config.objective.head, config.model.path)
     problems = check_grid(
         config,
         num_attention_heads=policy.num_attention_heads,

@@ -174,7 +174,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference
     reference = config.reference.path or "its own initial weights"
-    tokens = stream_tokens(inputs.train, stream.share)
+    tokens = stream_tokens(inputs.train, stream.share, stream.scalar)
     return [
         *package_warnings(versions()),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",

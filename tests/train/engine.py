@@ -10,7 +10,7 @@ import torch
 from megadpo_kernels import Backend
 
 from megadpo.config import OptimizerConfig, ParallelConfig
-from megadpo.convert.families import read_shape
+from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.importer import load_hf
 from megadpo.data.mismatch import mismatched
 from megadpo.data.packing import Budget
@@ -74,13 +74,16 @@ class Piece:
 
 
 def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
-    shape = read_shape(case.folder)
+    shape = with_head(read_shape(case.folder), case.objective.head, case.folder)
     modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute, case.logprob_backend)
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
+    scalar = case.objective.head == "scalar"
     multiple = case.pipeline if case.virtual else 1
-    stream = Stream(case.store, case.budget, context.data_size, multiple, share=case.share, grain=case.grain)
+    stream = Stream(
+        case.store, case.budget, context.data_size, multiple, share=case.share, grain=case.grain, scalar=scalar
+    )
     return TrainState(chunks, optimizer), stream
 
 
