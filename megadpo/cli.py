@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -95,6 +96,13 @@ def _parser() -> Parser:
     export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
     export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    score = add("score", _score, "Write a reward model's scores into a data set.", run_file=False)
+    score.add_argument("--reward", metavar="MODEL", required=True, help="a reward model's Hugging Face folder")
+    score.add_argument("data", metavar="DATA", help="a file, folder or Hub id, of any kind")
+    score.add_argument("out", metavar="OUT", help="the .jsonl file to write")
+    score.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings of a run file: data, parallel, batch"
+    )
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
 
@@ -108,6 +116,31 @@ def _train(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     return _start(_config(options), partial(_evaluate_rank, options.checkpoint))
+
+
+def _score(options: argparse.Namespace) -> int:
+    """The settings are those of a run file that names the model and the data."""
+    import yaml
+
+    from megadpo.config.decode import load_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "run_dir": f"{folder}/run",
+            "model": {"path": options.reward},
+            "data": {"train": options.data},
+            "objective": {"loss_type": "reward"},
+        }
+        run_file = Path(folder) / "score.yaml"
+        run_file.write_text(yaml.safe_dump(settings))
+        config = load_config(run_file, options.overrides)
+        return _start(config, partial(_score_rank, options.out))
+
+
+def _score_rank(out: str, config: Config, rank: Rank) -> int:
+    from megadpo.train.rewards import run_scoring
+
+    return run_scoring(config, out, rank)
 
 
 def _train_rank(config: Config, rank: Rank) -> int:

@@ -368,7 +368,7 @@ def _ranked(row: Row) -> Content:
     apart = row.get("scores")
     if apart is not None and (not isinstance(apart, list) or len(apart) != len(items)):
         raise _MalformedError(f"`scores` must be a list of {len(items)} numbers, one per completion")
-    responses = [_completion(item, isinstance(prompt, str)) for item in items]
+    responses = [completion(item, isinstance(prompt, str)) for item in items]
     scores = [_score(item) for item in items] if apart is None else list(apart)
     if len(items) < 2:
         raise LeaveOutError("a list with fewer than two responses")
@@ -381,7 +381,8 @@ def _ranked(row: Row) -> Content:
     return Content(prompt, tuple(responses[i] for i in order), scores=tuple(numbers[i] for i in order), ranked=True)
 
 
-def _completion(item: Any, plain: bool) -> Text:
+def completion(item: Any, plain: bool) -> Text:
+    """The text of one item of a list; plain: not a conversation."""
     if isinstance(item, dict):
         item = next((item[name] for name in COMPLETION_TEXT if name in item), None)
     if isinstance(item, list):
@@ -406,6 +407,7 @@ PAIR_SCORES = (
     ("chosen_score", "rejected_score"),
     ("score_chosen", "score_rejected"),
     ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
 )
 """Columns that hold the scores of a pair, beside `margin`."""
 
