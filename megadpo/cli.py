@@ -82,6 +82,9 @@ def _parser() -> Parser:
     evaluate.add_argument(
         "--checkpoint", metavar="DIR", help="the run folder's newest, or the model itself, where not given"
     )
+    evaluate.add_argument(
+        "--kl", action="store_true", help="measure the KL to the reference also for an objective that does without one"
+    )
     inspect = add("inspect", _inspect, "Draw one group's tokens, or the packed stream of one micro-batch.")
     what = inspect.add_mutually_exclusive_group()
     what.add_argument("--group", type=int, default=0, metavar="N", help="the group's number, from 0")
@@ -115,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    return _start(_config(options), partial(_evaluate_rank, options.checkpoint))
+    return _start(_config(options), partial(_evaluate_rank, options.checkpoint, options.kl))
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -149,10 +152,10 @@ def _train_rank(config: Config, rank: Rank) -> int:
     return run_training(config, rank)
 
 
-def _evaluate_rank(checkpoint: str | None, config: Config, rank: Rank) -> int:
+def _evaluate_rank(checkpoint: str | None, kl: bool, config: Config, rank: Rank) -> int:
     from megadpo.train.run import run_evaluation
 
-    return run_evaluation(config, checkpoint, rank)
+    return run_evaluation(config, checkpoint, kl, rank)
 
 
 def _start(config: Config, job: Job) -> int:
@@ -196,6 +199,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
+    from megadpo.data.tokenize import SCORED
     from megadpo.data.tokenizer import load_tokenizer
     from megadpo.observe.progress import Terminal
     from megadpo.observe.tokens import group_text
@@ -213,7 +217,8 @@ def _inspect(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
     title = f"group {options.group} of {len(store)}: {group.origin}"
     prompt, responses = group.prompt_ids.tolist(), [ids.tolist() for ids in group.response_ids]
-    text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids)
+    scored = None if group.marks is None else [((marks & SCORED) > 0).tolist() for marks in group.marks]
+    text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids, scored)
     Terminal().print(text, soft_wrap=True)
     return 0
 

@@ -98,14 +98,15 @@ def _with_reference(
     policy: list[Policy],
     context: ParallelContext,
     log: RunLog,
+    always: bool = False,
 ) -> tuple[list[Scored], list[Policy] | None]:
     """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
 
     counts: of each stream, how many groups of it the run takes; None: every one once. The policy has its initial
-    weights here, so it serves as its own reference where no other is named.
+    weights here, so it serves as its own reference where no other is named. always: for objectives that need none, too.
     """
     others = mismatched_streams(config, streams, counts)
-    if not config.objective.needs_reference:
+    if not config.objective.needs_reference and not always:
         return [Scored(stream, None) for stream in streams], None
     if config.reference.mode == "resident":
         scored = [
@@ -201,14 +202,19 @@ def _too_long(config: Config, shape: ModelShape) -> list[str]:
     ]
 
 
-def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:
-    """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself."""
+def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: Rank) -> int:
+    """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself.
+
+    kl: score the reference, and measure the KL to it, also for an objective that does without one.
+    """
     if not config.data.eval:
         raise ConfigError("data.eval is not given: name the held-out data in the run file or as data.eval=FILE")
     run_dir = Path(config.run_dir).expanduser()
     folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
     if folder is not None:
         identity.check_models(folder, config)
+    if kl and config.objective.head == "scalar":
+        raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
@@ -218,7 +224,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> in
     ):
         streams = _streams(config, inputs.stores[1:], inputs, context)
         policy = _load(config, inputs.shape, config.model.path, context)
-        [held_out], reference = _with_reference(config, inputs, streams, [None], policy, context, log)
+        [held_out], reference = _with_reference(config, inputs, streams, [None], policy, context, log, kl)
         step = checkpoint.load_weights(policy, folder).step if folder else 0
         sums = evaluate(policy, held_out, config.objective, reference, groups_per_pass(config), context)
         log.line(f"{folder or config.model.path} (step {step}): {sums.groups} groups of {', '.join(config.data.eval)}")

@@ -15,6 +15,7 @@ from megadpo.data.records import Dropped, Group, Turn
 from megadpo.data.store import GroupStore, StoreWriter
 from megadpo.data.tokenize import BODY, SCORED, Limit, Marking, Tokenized, TokenizedGroup, tokenize_group
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
+from megadpo.observe.tokens import group_text
 
 LONG = Limit(10_000, "keep_end")
 TALK = Group(
@@ -153,3 +154,10 @@ def test_from_store_to_batch(folder: Path, tmp_path: Path) -> None:
     paired = pack(MemoryStore([done(PAIR, tokenizer, body=True)]), [0], 400, None)  # type: ignore[arg-type]
     assert paired.body_N is not None
     assert (~paired.body_N).nonzero().flatten().tolist() == (paired.tokens_S.cumsum(0) - 1).tolist()
+
+
+def test_inspection_shows_which_are_scored() -> None:
+    shown = group_text("x", [1, 2], [[3, 4, 5]], str, scored=[[False, True, True]])
+    assert "response: 3 tokens, 2 scored" in shown.plain
+    green = [shown.plain[s.start : s.end] for s in shown.spans if "green" in str(s.style)]
+    assert green == ["4", "5"]
