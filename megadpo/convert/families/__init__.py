@@ -47,7 +47,9 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 def reward_architecture(family: Family) -> str:
     """What transformers calls the family's trunk with a scalar head."""
-    return family.architecture.replace("ForCausalLM", "ForSequenceClassification")
+    trunk = family.architecture.removesuffix("ForCausalLM")
+    text = "Text" if family.name.endswith("_text") else ""  # Gemma 3 has two: with images, and for text alone
+    return f"{trunk}{text}ForSequenceClassification"
 
 
 def with_head(shape: ModelShape, head: Literal["logprob", "scalar"], folder: str | Path) -> ModelShape:
