@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -82,6 +83,9 @@ def _parser() -> Parser:
     evaluate.add_argument(
         "--checkpoint", metavar="DIR", help="the run folder's newest, or the model itself, where not given"
     )
+    evaluate.add_argument(
+        "--kl", action="store_true", help="measure the KL to the reference also for an objective that does without one"
+    )
     inspect = add("inspect", _inspect, "Draw one group's tokens, or the packed stream of one micro-batch.")
     what = inspect.add_mutually_exclusive_group()
     what.add_argument("--group", type=int, default=0, metavar="N", help="the group's number, from 0")
@@ -100,6 +104,13 @@ def _parser() -> Parser:
     status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     status.add_argument("--json", action="store_true", help="as one JSON object")
+    score = add("score", _score, "Write a reward model's scores into a data set.", run_file=False)
+    score.add_argument("--reward", metavar="MODEL", required=True, help="a reward model's Hugging Face folder")
+    score.add_argument("data", metavar="DATA", help="a file, folder or Hub id, of any kind")
+    score.add_argument("out", metavar="OUT", help="the .jsonl file to write")
+    score.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings of a run file: data, parallel, batch"
+    )
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
 
@@ -167,7 +178,32 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    return _start(_config(options), partial(_evaluate_rank, options.checkpoint))
+    return _start(_config(options), partial(_evaluate_rank, options.checkpoint, options.kl))
+
+
+def _score(options: argparse.Namespace) -> int:
+    """The settings are those of a run file that names the model and the data."""
+    import yaml
+
+    from megadpo.config.decode import load_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "run_dir": f"{folder}/run",
+            "model": {"path": options.reward},
+            "data": {"train": options.data},
+            "objective": {"loss_type": "reward"},
+        }
+        run_file = Path(folder) / "score.yaml"
+        run_file.write_text(yaml.safe_dump(settings))
+        config = load_config(run_file, options.overrides)
+        return _start(config, partial(_score_rank, options.out))
+
+
+def _score_rank(out: str, config: Config, rank: Rank) -> int:
+    from megadpo.train.rewards import run_scoring
+
+    return run_scoring(config, out, rank)
 
 
 def _train_rank(config: Config, rank: Rank) -> int:
@@ -176,10 +212,10 @@ def _train_rank(config: Config, rank: Rank) -> int:
     return run_training(config, rank)
 
 
-def _evaluate_rank(checkpoint: str | None, config: Config, rank: Rank) -> int:
+def _evaluate_rank(checkpoint: str | None, kl: bool, config: Config, rank: Rank) -> int:
     from megadpo.train.run import run_evaluation
 
-    return run_evaluation(config, checkpoint, rank)
+    return run_evaluation(config, checkpoint, kl, rank)
 
 
 def _start(config: Config, job: Job) -> int:
@@ -204,6 +240,7 @@ def _import_training() -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
     from megadpo.observe.progress import Screen, Terminal
 
@@ -212,9 +249,7 @@ def _prepare(options: argparse.Namespace) -> int:
     for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if sources:
             with screen.task(f"{name}: rows", None) as task:
-                store = prepare(
-                    sources, config.data, config.model.path, config.objective.responses, config.batch, task.to
-                )
+                store = prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
             screen.line(f"{name}: {store.folder}")
             for line in store.report.lines():
                 screen.line(f"  {line}")
@@ -222,7 +257,9 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
+    from megadpo.data.tokenize import SCORED
     from megadpo.data.tokenizer import load_tokenizer
     from megadpo.observe.progress import Terminal
     from megadpo.observe.tokens import group_text
@@ -233,14 +270,15 @@ def _inspect(options: argparse.Namespace) -> int:
     name, sources = ("data.eval", config.data.eval) if options.eval else ("data.train", config.data.train)
     if not sources:
         raise DataError(f"{name} is not given in the run file; name files there, or leave --eval out")
-    store = prepare(sources, config.data, config.model.path, config.objective.responses, config.batch)
+    store = prepare(sources, config.data, config.model.path, wanted(config), config.batch)
     if not 0 <= options.group < len(store):
         raise DataError(f"--group {options.group}: {name} has the groups 0 to {len(store) - 1}")
     group = store.group(options.group)
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
     title = f"group {options.group} of {len(store)}: {group.origin}"
     prompt, responses = group.prompt_ids.tolist(), [ids.tolist() for ids in group.response_ids]
-    text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids)
+    scored = None if group.marks is None else [((marks & SCORED) > 0).tolist() for marks in group.marks]
+    text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids, scored)
     Terminal().print(text, soft_wrap=True)
     return 0
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from megadpo.config import Config
 from megadpo.convert.families import read_shape
 from megadpo.data.batch import PackedBatch
+from megadpo.data.kinds import wanted
 from megadpo.data.packing import Bin
 from megadpo.data.prepare import prepare
 from megadpo.data.stream import Filling, Stream, open_streams
@@ -73,7 +74,7 @@ def _which(text: str) -> tuple[int, int]:
 def _stream(config: Config) -> Stream:
     """The training stream as a run on this machine would have it, except for what only a launcher knows."""
     stores = [
-        prepare(sources, config.data, config.model.path, config.objective.responses, config.batch)
+        prepare(sources, config.data, config.model.path, wanted(config), config.batch)
         for sources in (config.data.train, config.data.eval)
         if sources
     ]

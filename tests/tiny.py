@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megadpo.data.tokenize import TokenizedGroup
+from megadpo.data.tokenize import BODY, TokenizedGroup
 
 
 def write_llama(
@@ -85,9 +85,15 @@ class MemoryStore:
 
     def __init__(self, groups: list[TokenizedGroup]) -> None:
         self.groups = groups
+        self.folder, self.digest = Path("nowhere"), "in memory"
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in groups], dtype=np.int32)
         self.response_lengths = np.array([len(r) for g in groups for r in g.response_ids], dtype=np.int32)
         self.offsets = np.cumsum([0] + [len(g.response_ids) for g in groups])
+        labels = [label for g in groups for label in g.labels or ()]
+        scores = [score for g in groups for score in g.scores or ()]
+        self.labels_S = np.array(labels) if labels else None
+        self.scores_S = np.array(scores, dtype=np.float32) if scores else None
+        self.bodies = any((mark & BODY).any() for g in groups for mark in g.marks or ())
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -40,6 +40,7 @@ import numpy as np
 from step_sides import LAYOUTS, TRL, Work
 
 from megadpo.config import DataConfig
+from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare
 from megadpo.data.records import Group, read_groups
 from megadpo.data.report import Tally
@@ -148,7 +149,7 @@ def texts(data: Path) -> Iterator[str]:
 def data_pairs(data: Path, model: Path, max_length: int, cache: Path) -> list[TokenizedGroup]:
     """The pairs of a file as megadpo tokenises them."""
     config = DataConfig(train=(str(data),), max_length=max_length, cache_dir=str(cache), num_proc=1)
-    store = prepare(config.train, config, str(model), responses=2)
+    store = prepare(config.train, config, str(model), Wanted("pairs"))
     return [store.group(number) for number in range(len(store))]
 
 

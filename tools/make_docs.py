@@ -92,7 +92,7 @@ def needs(kind: type) -> list[str]:
         words.append("a scalar head")
     if own.whole_batch:
         words.append("one more forward pass (the formula looks across the global batch)")
-    unready = own.head == "scalar" or own.needs & NOT_GIVEN.keys()
+    unready = own.needs & NOT_GIVEN.keys()
     return [*words, "**refused at start: not wired into the trainer yet**"] if unready else words
 
 

@@ -35,6 +35,7 @@ from compare_steps import Comparison, Limits, Record, compare, step_table, summa
 from rich.console import Console
 
 from megadpo.config import DataConfig
+from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare
 from megadpo.errors import MegadpoError
 
@@ -84,7 +85,7 @@ GRIDS = (Grid(), Grid(tp=2), Grid(tp=2, sp=True), Grid(pp=2), Grid(tp=2, pp=2), 
 def token_ids(task: Task, cache: Path) -> list[dict[str, list[int]]]:
     """The pairs of the first `steps` batches as megadpo tokenises them. Raises megadpo's errors."""
     data = DataConfig(train=(str(task.data),), cache_dir=str(cache))
-    store = prepare(data.train, data, str(task.model), responses=2)
+    store = prepare(data.train, data, str(task.model), Wanted("pairs"))
     needed = task.steps * task.batch
     if needed > len(store):
         raise SideFailedError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megadpo.config import Config, ParallelConfig
+from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.names import name_of
 
 LARGEST_SEED = 2**32 - 1
@@ -21,6 +22,7 @@ def problems(config: Config) -> list[str]:
         *_paths(config),
         *_combinations(config),
         *_objective(config),
+        *_kinds(config),
     ]
 
 
@@ -32,8 +34,6 @@ def _objective(config: Config) -> list[str]:
         return found  # a mix with a wrong part may not be able to say what it needs
     name = name_of(objective)
     missing = [NOT_GIVEN[need] for need in sorted(objective.needs) if need in NOT_GIVEN]
-    if objective.head == "scalar":
-        missing.insert(0, "a model with a scalar head")
     if missing:
         found.append(
             f"objective.loss_type = {name}: needs {' and '.join(missing)}, which the trainer does not give yet; take "
@@ -47,11 +47,25 @@ def _objective(config: Config) -> list[str]:
     return found
 
 
+def _kinds(config: Config) -> list[str]:
+    """Whether the data section makes what the objective needs; what the data are shows itself when they are read."""
+    if config.objective.problems():
+        return []
+    needed, data, found = kind_of(config.objective), config.data, []
+    if data.convert is not None and not data.convert.partition("_to_")[2].startswith(needed):
+        found.append(
+            f"data.convert = {data.convert}: objective.loss_type {name_of(config.objective)} needs {needed}; take a "
+            f"conversion to {needed} or leave it out"
+        )
+    if data.loss_on != "answer" and needed != "demonstrations":
+        found.append(
+            f"data.loss_on = {data.loss_on}: is for demonstrations (loss_type: sft); objectives that compare responses "
+            "or use labels look at the answer only; leave it out"
+        )
+    return found
+
+
 NOT_GIVEN = {
-    "labels_S": "unpaired data with a label per response",
-    "scores_S": "a judge's score for every response",
-    "mismatched_kl": "responses paired with other prompts",
-    "body_N": "to know which tokens are formatting",
     "collision_N": "the sum of squared probabilities from the head",
     "kl_N": "the KL to the reference at every token from the head",
     "rival_N": "tokens drawn from the policy's top k from the head",

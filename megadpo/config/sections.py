@@ -51,6 +51,22 @@ class DataConfig:
     """Split to read from a Hub id or a DatasetDict folder; `train` where not given."""
     format: str = "auto"
     """Name of the record format, or auto: detected from the columns."""
+    convert: (
+        Literal[
+            "pairs_to_unpaired",
+            "pairs_to_demonstrations",
+            "unpaired_to_demonstrations",
+            "lists_to_demonstrations",
+            "lists_to_pairs_best_worst",
+            "lists_to_pairs_best_random",
+            "lists_to_pairs_all",
+        ]
+        | None
+    ) = None
+    """Makes the data the kind that the objective needs (docs/data.md); nothing is converted where it is not given."""
+    loss_on: Literal["answer", "all_turns", "all_tokens"] = "answer"
+    """Which tokens of a demonstration are trained on: the last answer, what the assistant says in every turn, or the
+    prompt too. Objectives over several responses or over labels know only the answer."""
     tokenizer: str | None = None
     """Folder, or a bare sentencepiece .model file; the model's folder where not given."""
     chat_template: str | None = None

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megadpo.convert.config_json import ConfigJson
-from megadpo.convert.families import megatron_tensors, read_shape
+from megadpo.convert.families import family_of, megatron_tensors, read_shape, reward_architecture, with_head
 from megadpo.convert.hf_files import INDEX, WHOLE, all_finite, by, some
 from megadpo.convert.quantised import FIELD as QUANTISED
 from megadpo.convert.shape import ModelShape
@@ -69,6 +69,13 @@ class Source:
         return self.values * self.written(dtype).itemsize
 
 
+@dataclass(frozen=True)
+class Reward:
+    """pad_token_id: transformers takes the score at the last token that is not this one, so no text may end with it."""
+
+    pad_token_id: int
+
+
 def export_hf(
     checkpoint_dir: str | Path,
     source_folder: str | Path,
@@ -76,6 +83,7 @@ def export_hf(
     dtype: Dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
+    reward: Reward | None = None,
 ) -> None:
     """Write `out_dir`: safetensors of at most `max_shard_bytes` (one tensor, or one layer's q, k, v, may be
     larger) with their index, and config.json, tokenizer and templates of the model that the run started
@@ -83,13 +91,14 @@ def export_hf(
 
     dtype: of the written weights; the source's config.json decides where not given, the checkpoint where that
     is silent.
-    progress: called with (bytes written, bytes in all) after every tensor.
+    progress: called with (bytes written, bytes in all) after every tensor. reward: the checkpoint is a reward model's,
+    which becomes a sequence classifier with one label.
     Nothing appears under `out_dir` before all is written. ModelError: the source folder; CheckpointError: the
     checkpoint is incomplete, damaged or another model's, or has NaN or Inf; StorageError: `out_dir` is not
     empty, too little space.
     """
     source, out = Path(source_folder).expanduser(), Path(out_dir).expanduser().resolve()
-    shape, config = read_shape(source), ConfigJson(source)
+    shape, config = with_head(read_shape(source), "scalar" if reward else "logprob", source), ConfigJson(source)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StorageError(f"{out} exists and is not an empty folder: give a new path for the export, or empty it")
     checkpoint = TorchDist(checkpoint_dir)
@@ -112,7 +121,8 @@ def export_hf(
             _write_shard(partial / title, shard, DTYPES[name], checkpoint, report)
         if len(shards) > 1:
             _write_index(partial / INDEX, shards, total)
-        _write_config(partial / "config.json", config, name)
+        changes = {} if reward is None else _classifier(shape, reward)
+        _write_config(partial / "config.json", config, name, changes)
         os.replace(partial, out)
     except OSError as error:
         raise StorageError(f"{error.filename or out}: {error.strerror}; the export was not written") from error
@@ -280,17 +290,28 @@ def _write_index(path: Path, shards: dict[str, list[Source]], total: int) -> Non
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(path: Path, config: ConfigJson, dtype: str) -> None:
-    """The source's config.json; byte for byte, unless it says another dtype than what was written, weights that are
-    quantised, or layers behind the last, which are not written.
+def _classifier(shape: ModelShape, reward: Reward) -> dict[str, Any]:
+    """What config.json says of a sequence classifier with one label."""
+    return {
+        "architectures": [reward_architecture(family_of(shape))],
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        "pad_token_id": reward.pad_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def _write_config(path: Path, config: ConfigJson, dtype: str, changes: dict[str, Any]) -> None:
+    """The source's config.json with changes; byte for byte, unless there are some, or it says another dtype than what
+    was written, weights that are quantised, or layers behind the last, which are not written.
     """
     spelled = [field for field in ("dtype", "torch_dtype") if config.get(field)] or ["torch_dtype"]
     extra = [field for field in PREDICTION_FIELDS if config.get(field)]
     quantised = config.get(QUANTISED) is not None
-    if all(config.get(field) == dtype for field in spelled) and not extra and not quantised:
+    if all(config.get(field) == dtype for field in spelled) and not (extra or quantised or changes):
         shutil.copyfile(config.path, path)
         return
-    changed = config.values | dict.fromkeys(spelled, dtype) | dict.fromkeys(extra, 0)
+    changed = config.values | changes | dict.fromkeys(spelled, dtype) | dict.fromkeys(extra, 0)
     if quantised:
         del changed[QUANTISED]
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo.convert.families import family_of, megatron_tensors
+from megadpo.convert.families import HEAD, family_of, megatron_tensors
 from megadpo.convert.hf_files import HFFiles, all_finite
 from megadpo.convert.quantised import open_folder
 from megadpo.convert.shape import ModelShape
@@ -29,7 +29,7 @@ def check_hf(shape: ModelShape, folder: str | Path) -> None:
     dtype, or names the file that is missing, cut off or damaged.
     """
     files = open_folder(folder)
-    wanted = hf_shapes(*megatron_tensors(shape).values())
+    wanted = hf_shapes(*_in_files(shape).values())
     files.check_duplicates()
     files.check(wanted, wanted, _ignored(shape))
 
@@ -40,7 +40,8 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
 
     Rows that pad the vocabulary become 0. Tied models: the copy on the last pipeline stage is read from the
     embedding. ModelError as `check_hf` (names over the whole folder, shapes and dtypes of what this rank
-    reads), and for NaN or Inf in a weight; parameters may then be half filled.
+    reads), and for NaN or Inf in a weight; parameters may then be half filled. The head of a new reward model begins
+    with zeros: every reward is 0.
     """
     files, tensors = open_folder(folder), megatron_tensors(shape)
     pieces = [piece for chunk in model_chunks for piece in _pieces(chunk)]
@@ -49,9 +50,13 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
         raise KeyError(f"the table of family {shape.family} has no row for the parameters {unknown}")
     for piece in pieces:
         _same_size(piece, tensors[piece.key])
-    mine = hf_shapes(*(tensors[piece.key] for piece in pieces))
-    files.check(hf_shapes(*tensors.values()), mine, _ignored(shape))
+    here = _in_files(shape)
+    mine = hf_shapes(*(here[piece.key] for piece in pieces if piece.key in here))
+    files.check(hf_shapes(*here.values()), mine, _ignored(shape))
     for piece in pieces:
+        if shape.head == "new scalar" and piece.key == HEAD:
+            piece.data.zero_()
+            continue
         _fill(piece, tensors[piece.key], files)
         _compare_tied(piece, tensors[piece.key], files, shape)
     filled = sum(piece.data.numel() for piece in pieces)
@@ -69,9 +74,16 @@ def _owned(chunk: Any) -> Iterator[Tensor]:
 
 def _ignored(shape: ModelShape) -> str:
     family = family_of(shape)
-    patterns = [family.ignored, *([re.escape(family.output)] if shape.tied else [])]
+    spare = shape.tied or shape.head == "new scalar"
+    patterns = [family.ignored, *([re.escape(family.output)] if spare else [])]
     patterns += [rf"model\.layers\.{shape.num_layers + i}\..*" for i in range(shape.prediction_layers)]
     return "|".join(patterns)
+
+
+def _in_files(shape: ModelShape) -> dict[str, MegatronTensor]:
+    """What a folder must hold; the head of a new reward model is in none."""
+    tensors = megatron_tensors(shape)
+    return {key: t for key, t in tensors.items() if shape.head != "new scalar" or key != HEAD}
 
 
 def _pieces(chunk: Any) -> Iterator[Any]:

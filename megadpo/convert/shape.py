@@ -153,6 +153,9 @@ class ModelShape:
     """`kv_channels` is its value width, and `num_query_groups` all heads."""
     prediction_layers: int = 0
     """Layers of the folder behind the last one, for guessing further tokens: neither read, nor trained, nor written."""
+    head: Literal["vocabulary", "scalar", "new scalar"] = "vocabulary"
+    """What stands on the trunk: an output layer over the vocabulary; a reward model's one row; or the latter over a
+    language model's trunk, beginning with zeros."""
 
     @property
     def attended_pair_cost(self) -> float:

@@ -14,12 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megadpo.data.kinds import Wanted, converted
 from megadpo.data.processes import Job, tokenize_all
 from megadpo.data.records import Dropped, Group, read_groups
 from megadpo.data.report import Tally
 from megadpo.data.sources import source_digest
 from megadpo.data.store import HEADER_FILE, GroupStore, StoreWriter
-from megadpo.data.tokenize import OVER_BUDGET, RULES, Limit, Tokenized
+from megadpo.data.tokenize import OVER_BUDGET, RULES, Limit, Marking, Tokenized
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import ConfigError, DataError
 from megadpo.files import storage_errors
@@ -32,13 +33,13 @@ def prepare(
     sources: tuple[str, ...],
     data: DataConfig,
     model_path: str,
-    responses: int | None,
+    wanted: Wanted,
     batch: BatchConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> GroupStore:
     """The store of `sources` under data.cache_dir; made now where it is not there yet.
 
-    responses: how many a group must have (None: any number). batch: where it sets micro_batch_tokens, no group takes
+    wanted: the kind of data and what of it, see `kinds.wanted`. batch: where it sets micro_batch_tokens, no group takes
     more rows of a stream than that. on_progress is told the rows done so far.
     Several processes may prepare the same data at once. Raises DataError, TokenizerError, ConfigError,
     StorageError.
@@ -46,18 +47,18 @@ def prepare(
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
     limit = Limit(data.max_length, data.truncation_mode)
     if batch is not None and batch.micro_batch_tokens is not None:
-        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt)
-    folder = store_folder(sources, data, limit, tokenizer, responses)
+        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt, scalar=wanted.scalar)
+    folder = store_folder(sources, data, limit, tokenizer, wanted)
     if (folder / HEADER_FILE).is_file():
         return GroupStore.open(folder)
     if data.max_length < 2:
         raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
-    _make(folder, sources, data, limit, model_path, tokenizer, responses, on_progress)
+    _make(folder, sources, data, limit, model_path, tokenizer, wanted, on_progress)
     return GroupStore.open(folder)
 
 
 def store_folder(
-    sources: tuple[str, ...], data: DataConfig, limit: Limit, tokenizer: Tokenizer, responses: int | None
+    sources: tuple[str, ...], data: DataConfig, limit: Limit, tokenizer: Tokenizer, wanted: Wanted
 ) -> Path:
     """cache_dir/<digest of all that decides which ids come out, and of nothing else>."""
     decides = {
@@ -66,7 +67,7 @@ def store_folder(
         "format": data.format,
         "tokenizer": tokenizer.digest,
         "limit": asdict(limit),
-        "responses": responses,
+        "wanted": wanted.decides(),
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     return Path(data.cache_dir).expanduser() / digest
@@ -79,12 +80,14 @@ def _make(
     limit: Limit,
     model_path: str,
     tokenizer: Tokenizer,
-    responses: int | None,
+    wanted: Wanted,
     on_progress: Callable[[int], None] | None,
 ) -> None:
     """Writes beside `folder` and renames at the end, so that `folder` is a whole store or is not there."""
     start = time.monotonic()
-    job = Job(data.tokenizer or model_path, data.chat_template, tokenizer.digest, limit)
+    job = Job(
+        data.tokenizer or model_path, data.chat_template, tokenizer.digest, limit, Marking(wanted.loss_on, wanted.body)
+    )
     who = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     temporary = folder.with_name(f"{folder.name}.tmp-{who}")
     with storage_errors(temporary, "data.cache_dir"):
@@ -92,12 +95,12 @@ def _make(
     try:
         tally = Tally()
         with StoreWriter(temporary, tokenizer.vocab_size) as writer:
-            for outcomes in tokenize_all(_items(sources, data, responses, tally), tokenizer, job, _processes(data)):
+            for outcomes in tokenize_all(_items(sources, data, wanted, tally), tokenizer, job, _processes(data)):
                 writer.add([outcome.group for outcome in outcomes if isinstance(outcome, Tokenized)])
                 for outcome in outcomes:
                     tally.add(outcome)
                 if on_progress is not None:
-                    on_progress(tally.rows)
+                    on_progress(tally.done)
             report = tally.report(tokenizer.template_source, time.monotonic() - start)
             if not report.groups:
                 raise DataError(f"{', '.join(sources)}: nothing to train on; {'; '.join(report.lines())}")
@@ -123,17 +126,13 @@ def _publish(temporary: Path, folder: Path) -> None:
                 raise
 
 
-def _items(
-    sources: tuple[str, ...], data: DataConfig, responses: int | None, tally: Tally
-) -> Iterator[Group | Dropped]:
+def _items(sources: tuple[str, ...], data: DataConfig, wanted: Wanted, tally: Tally) -> Iterator[Group | Dropped]:
+    """Every row as groups of the wanted kind, or as what was dropped."""
     for source in sources:
         for item in read_groups(source, data.split, data.format, tally.note_format):
-            if isinstance(item, Group) and responses not in (None, len(item.responses)):
-                raise DataError(
-                    f"{item.origin}: a group of this data has {len(item.responses)} response(s), but the "
-                    f"objective needs {responses}; give other data or another objective.loss_type"
-                )
-            yield item
+            items = converted(item, wanted) if isinstance(item, Group) else [item]
+            tally.note_row(item, items)
+            yield from items
 
 
 def _processes(data: DataConfig) -> int:

@@ -15,7 +15,7 @@ from functools import cache
 from itertools import chain, islice
 
 from megadpo.data.records import Dropped, Group
-from megadpo.data.tokenize import Limit, Tokenized, tokenize_group
+from megadpo.data.tokenize import Limit, Marking, Tokenized, tokenize_group
 from megadpo.data.tokenizer import Tokenizer, load_tokenizer
 from megadpo.errors import MachineError, TokenizerError
 
@@ -36,6 +36,7 @@ class Job:
     chat_template: str | None
     digest: str
     limit: Limit
+    marking: Marking
 
 
 def tokenize_all(items: Iterator[Item], tokenizer: Tokenizer, job: Job, processes: int) -> Iterator[list[Outcome]]:
@@ -72,7 +73,9 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _tokenize_chunk(items: list[Item], tokenizer: Tokenizer, job: Job) -> list[Outcome]:
-    return [item if isinstance(item, Dropped) else tokenize_group(item, tokenizer, job.limit) for item in items]
+    return [
+        item if isinstance(item, Dropped) else tokenize_group(item, tokenizer, job.limit, job.marking) for item in items
+    ]
 
 
 def _start_process() -> None:

@@ -6,10 +6,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megadpo.data.sources import Row, kind, read_rows
 from megadpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # it brings torch with it, which tokenising processes do not need
+    from megadpo.objectives.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,25 @@ class Group:
 
     Either all text is plain (str), or all is conversation (tuples of turns; the template is applied later).
     origin names the row for messages: "pairs.jsonl:17" (file and line, counted from 1) or "train[17]".
+    labels: for unpaired data, whether each response is a desirable one. scores: what a judge gave to each response;
+    only their differences mean anything (a pair with the margin m has the scores m and 0).
+    ranked: a list, which may have any number of responses.
     """
 
     origin: str
     prompt: str | tuple[Turn, ...]
     responses: tuple[str | tuple[Turn, ...], ...]
+    labels: tuple[bool, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    ranked: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        if self.ranked:
+            return "lists"
+        if self.labels is not None:
+            return "unpaired"
+        return "demonstrations" if len(self.responses) == 1 else "pairs"
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,17 @@ class LeaveOutError(Exception):
 
 
 Text = str | tuple[Turn, ...]
-Converted = tuple[Text, tuple[Text, ...]]
+
+
+class Content(NamedTuple):
+    """What a row holds. Scores: of each response, in their order; None where the row has none."""
+
+    prompt: Text
+    responses: tuple[Text, ...]
+    labels: tuple[bool, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    ranked: bool = False
+
 
 ROLES = {
     "system": "system",
@@ -65,7 +92,7 @@ class Format:
     name: str
     columns: tuple[str, ...]
     fits: Callable[[Row], bool]
-    convert: Callable[[Row], Converted]
+    convert: Callable[[Row], Content]
 
     def missing(self, row: Row) -> list[str]:
         return [column for column in self.columns if not any(name in row for name in column.split("|"))]
@@ -98,13 +125,13 @@ def read_groups(
                 f"the row has {_quoted(row) or 'no columns'}"
             )
         try:
-            prompt, responses = chosen.convert(row)
+            content = chosen.convert(row)
         except LeaveOutError as reason:
             yield Dropped(origin, str(reason))
         except _MalformedError as error:
             raise DataError(f"{origin}: {error} (format {chosen.name})") from error
         else:
-            yield Group(origin, prompt, responses)
+            yield Group(origin, *content)
     if empty:
         raise DataError(f"{source}: the data set is empty; it needs at least one row")
 
@@ -135,9 +162,14 @@ class _MalformedError(Exception):
     """A row that does not have the form that its format says."""
 
 
+def _present(row: Row, column: str) -> str:
+    """The first of the alternatives "a|b" that the row has."""
+    return next(name for name in column.split("|") if name in row)
+
+
 def _value(row: Row, column: str) -> Any:
-    """The value of the first of the alternatives "a|b" that the row has; null leaves the row out."""
-    name = next(name for name in column.split("|") if name in row)
+    """The value of the column; null leaves the row out."""
+    name = _present(row, column)
     if _is_null(row[name]):
         raise LeaveOutError(f"`{name}` is null")
     return row[name]
@@ -158,6 +190,7 @@ def _written(text: str) -> str:
 
 
 def _text(row: Row, column: str) -> str:
+    column = _present(row, column)
     value = _value(row, column)
     if not isinstance(value, str):
         raise _MalformedError(f"`{column}` must be text, found {kind(value)}")
@@ -166,6 +199,7 @@ def _text(row: Row, column: str) -> str:
 
 def _turns(row: Row, column: str) -> tuple[Turn, ...]:
     """A list of {role, content} or {from, value}; one such object counts as a list of one."""
+    column = _present(row, column)
     value = _value(row, column)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list):
@@ -198,13 +232,13 @@ def _answer(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     return turns
 
 
-def _conversation(prompt: tuple[Turn, ...], *responses: tuple[Turn, ...]) -> Converted:
+def _conversation(prompt: tuple[Turn, ...], *responses: tuple[Turn, ...]) -> Content:
     if not prompt:
         raise LeaveOutError("the conversation has no turn before the response")
-    return prompt, tuple(_answer(response) for response in responses)
+    return Content(prompt, tuple(_answer(response) for response in responses))
 
 
-def _diverging(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> Converted:
+def _diverging(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> Content:
     """Two whole conversations: the turns they share are the prompt."""
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
@@ -215,28 +249,28 @@ def _diverging(first: tuple[Turn, ...], second: tuple[Turn, ...]) -> Converted:
 # One function per format ----------------------------------------------------------------------------------
 
 
-def _standard(row: Row) -> Converted:
-    return _text(row, "prompt"), (_text(row, "chosen"), _text(row, "rejected"))
+def _standard(row: Row) -> Content:
+    return Content(_text(row, "prompt"), (_text(row, "chosen"), _text(row, "rejected")))
 
 
-def _standard_implicit(row: Row) -> Converted:
+def _standard_implicit(row: Row) -> Content:
     """The longest common prefix is the prompt, taken back to a word boundary so that no word is torn."""
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     differ = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     common = chosen[: next(differ, min(len(chosen), len(rejected)))]
     cut = max(0, *(common.rfind(space) for space in " \n\t"))
-    return chosen[:cut], (chosen[cut:], rejected[cut:])
+    return Content(chosen[:cut], (chosen[cut:], rejected[cut:]))
 
 
-def _conversational(row: Row) -> Converted:
+def _conversational(row: Row) -> Content:
     return _conversation(_turns(row, "prompt"), _turns(row, "chosen"), _turns(row, "rejected"))
 
 
-def _conversational_implicit(row: Row) -> Converted:
+def _conversational_implicit(row: Row) -> Content:
     return _diverging(_turns(row, "chosen"), _turns(row, "rejected"))
 
 
-def _ultrafeedback(row: Row) -> Converted:
+def _ultrafeedback(row: Row) -> Content:
     """`prompt` repeats the user turn of the lists; where they hold only the answers, it is the user turn."""
     chosen, rejected = _turns(row, "chosen"), _turns(row, "rejected")
     if len(chosen) == len(rejected) == 1:
@@ -244,7 +278,7 @@ def _ultrafeedback(row: Row) -> Converted:
     return _diverging(chosen, rejected)
 
 
-def _orca(row: Row) -> Converted:
+def _orca(row: Row) -> Content:
     question = Turn("user", _text(row, "question"))
     system = row.get("system")
     prompt = (Turn("system", system), question) if isinstance(system, str) and system.strip() else (question,)
@@ -263,11 +297,11 @@ def _transcript(text: str) -> tuple[Turn, ...]:
     return tuple(Turn(roles[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True))
 
 
-def _hh_rlhf(row: Row) -> Converted:
+def _hh_rlhf(row: Row) -> Content:
     return _diverging(_transcript(_text(row, "chosen")), _transcript(_text(row, "rejected")))
 
 
-def _sharegpt(row: Row) -> Converted:
+def _sharegpt(row: Row) -> Content:
     prompt = _turns(row, "conversations")
     system = row.get("system")
     if isinstance(system, str) and system.strip() and (not prompt or prompt[0].role != "system"):
@@ -275,19 +309,107 @@ def _sharegpt(row: Row) -> Converted:
     return _conversation(prompt, _turns(row, "chosen"), _turns(row, "rejected"))
 
 
-def _prompt_completion(row: Row) -> Converted:
+def _prompt_completion(row: Row) -> Content:
     if isinstance(_value(row, "prompt"), str):
-        return _text(row, "prompt"), (_text(row, "completion"),)
+        return Content(_text(row, "prompt"), (_text(row, "completion"),))
     return _conversation(_turns(row, "prompt"), _turns(row, "completion"))
 
 
-def _messages(row: Row) -> Converted:
-    turns = _turns(row, "messages")
+def _messages(row: Row) -> Content:
+    turns = _turns(row, "messages|conversations")
     return _conversation(turns[:-1], turns[-1:])
 
 
-def _plain_text(row: Row) -> Converted:
-    return "", (_text(row, "text"),)
+def _plain_text(row: Row) -> Content:
+    return Content("", (_text(row, "text"),))
+
+
+def _unpaired(read: Callable[[Row], Content]) -> Callable[[Row], Content]:
+    """The same row with its verdict."""
+    return lambda row: read(row)._replace(labels=(_label(row),))
+
+
+def _label(row: Row) -> bool:
+    value = _value(row, "label|kto_tag")
+    if value not in (True, False):  # 1 and 0 equal them
+        raise _MalformedError(f"`label` must be true (desirable) or false, found {value!r}")
+    return bool(value)
+
+
+def _scored(read: Callable[[Row], Content]) -> Callable[[Row], Content]:
+    """A pair with its margin, or else the scores of its two responses, where the row has them."""
+
+    def convert(row: Row) -> Content:
+        content = read(row)
+        if not _is_null(row.get("margin")):
+            return content._replace(scores=(_number(row["margin"], "margin"), 0.0))
+        for names in PAIR_SCORES:
+            if all(not _is_null(row.get(name)) for name in names):
+                return content._replace(scores=tuple(_number(row[name], name) for name in names))
+        return content
+
+    return convert
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise _MalformedError(f"`{name}` must be a finite number, found {value!r}")
+    return float(value)
+
+
+def _ranked(row: Row) -> Content:
+    """The completions of a prompt, best first: by score, or as they stand where none has one."""
+    prompt: Text = _text(row, "prompt|instruction") if isinstance(row.get("prompt"), str) else ()
+    if not prompt:
+        prompt = _turns(row, "prompt") if "prompt" in row else (Turn("user", _text(row, "instruction")),)
+    items = _value(row, "completions|responses")
+    if not isinstance(items, list):
+        raise _MalformedError(f"`completions` must be a list, found {kind(items)}")
+    apart = row.get("scores")
+    if apart is not None and (not isinstance(apart, list) or len(apart) != len(items)):
+        raise _MalformedError(f"`scores` must be a list of {len(items)} numbers, one per completion")
+    responses = [completion(item, isinstance(prompt, str)) for item in items]
+    scores = [_score(item) for item in items] if apart is None else list(apart)
+    if len(items) < 2:
+        raise LeaveOutError("a list with fewer than two responses")
+    if all(score is None for score in scores):
+        return Content(prompt, tuple(responses), ranked=True)
+    if any(_is_null(score) for score in scores):
+        raise LeaveOutError("a completion has no score")
+    numbers = [_number(score, "score") for score in scores]
+    order = sorted(range(len(items)), key=lambda i: -numbers[i])  # stable: ties keep their order
+    return Content(prompt, tuple(responses[i] for i in order), scores=tuple(numbers[i] for i in order), ranked=True)
+
+
+def completion(item: Any, plain: bool) -> Text:
+    """The text of one item of a list; plain: not a conversation."""
+    if isinstance(item, dict):
+        item = next((item[name] for name in COMPLETION_TEXT if name in item), None)
+    if isinstance(item, list):
+        return _answer(tuple(_turn(turn, "completions") for turn in item))
+    if not isinstance(item, str):
+        raise _MalformedError(
+            f"a completion must be text or have one of {_quoted(COMPLETION_TEXT)}, found {kind(item)}"
+        )
+    return _written(item) if plain else (Turn("assistant", _written(item)),)
+
+
+def _score(item: Any) -> Any:
+    """UltraFeedback's overall_score has mistakes (a 1 written as 10), so the mean of its four aspects comes first."""
+    if not isinstance(item, dict):
+        return None
+    return next((item[name] for name in COMPLETION_SCORE if not _is_null(item.get(name))), None)
+
+
+COMPLETION_TEXT = ("response", "completion", "content", "text")
+COMPLETION_SCORE = ("score", "fine-grained_score", "overall_score")
+PAIR_SCORES = (
+    ("chosen_score", "rejected_score"),
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+"""Columns that hold the scores of a pair, beside `margin`."""
 
 
 def _kinds(**expected: type) -> Callable[[Row], bool]:
@@ -301,7 +423,7 @@ def _without_prompt(fits: Callable[[Row], bool]) -> Callable[[Row], bool]:
 
 def _demonstration(row: Row) -> bool:
     """A row with a verdict is not a demonstration: half of such a set shows what not to say."""
-    return "label" not in row
+    return "label" not in row and "kto_tag" not in row
 
 
 def _is_transcript(row: Row) -> bool:
@@ -313,37 +435,41 @@ def _anything(row: Row) -> bool:
 
 
 FORMATS = (
-    Format("sharegpt", ("conversations", "chosen", "rejected"), _anything, _sharegpt),
-    Format("trl_conversational", ("prompt", "chosen", "rejected"), _kinds(prompt=list), _conversational),
-    Format("ultrafeedback_binarized", ("prompt", "chosen", "rejected"), _kinds(chosen=list), _ultrafeedback),
+    Format("sharegpt", ("conversations", "chosen", "rejected"), _anything, _scored(_sharegpt)),
+    Format("trl_conversational", ("prompt", "chosen", "rejected"), _kinds(prompt=list), _scored(_conversational)),
+    Format("ultrafeedback_binarized", ("prompt", "chosen", "rejected"), _kinds(chosen=list), _scored(_ultrafeedback)),
     Format(
         "trl_standard",
         ("prompt", "chosen", "rejected"),
         _kinds(prompt=str, chosen=str, rejected=str),
-        _standard,
+        _scored(_standard),
     ),
     Format(
         "orca_dpo_pairs",
         ("question", "chosen|chatgpt", "rejected|llama2-13b-chat"),
         _kinds(question=str),
-        _orca,
+        _scored(_orca),
     ),
     Format(
         "trl_conversational_implicit",
         ("chosen", "rejected"),
         _without_prompt(_kinds(chosen=list, rejected=list)),
-        _conversational_implicit,
+        _scored(_conversational_implicit),
     ),
-    Format("hh_rlhf", ("chosen", "rejected"), _without_prompt(_is_transcript), _hh_rlhf),
+    Format("hh_rlhf", ("chosen", "rejected"), _without_prompt(_is_transcript), _scored(_hh_rlhf)),
     Format(
         "trl_standard_implicit",
         ("chosen", "rejected"),
         _without_prompt(_kinds(chosen=str, rejected=str)),
-        _standard_implicit,
+        _scored(_standard_implicit),
     ),
     Format("prompt_completion", ("prompt", "completion"), _demonstration, _prompt_completion),
     Format("messages", ("messages",), _demonstration, _messages),
     Format("text", ("text",), _demonstration, _plain_text),
+    Format("trl_unpaired", ("prompt", "completion", "label|kto_tag"), _anything, _unpaired(_prompt_completion)),
+    Format("messages_unpaired", ("messages|conversations", "label|kto_tag"), _anything, _unpaired(_messages)),
+    Format("ranked", ("prompt", "completions|responses"), _anything, _ranked),
+    Format("ultrafeedback", ("instruction", "completions"), _anything, _ranked),
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from megadpo.config import BatchConfig, Config
 from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
+from megadpo.data.mismatch import MismatchedStore, mismatched
 from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
 from megadpo.errors import ConfigError
@@ -33,7 +34,7 @@ class Filling:
 class Stream:
     """A store read in a fixed order. The place in it is one integer: the groups consumed so far."""
 
-    store: GroupStore
+    store: GroupStore | MismatchedStore
     budget: Budget
     ranks: int
     """Data-parallel size."""
@@ -45,23 +46,25 @@ class Stream:
     shuffle: bool = False
     share: bool = True
     """Whether a prompt stands once for all its responses."""
+    scalar: bool = False
+    """Whether it is for a reward model (data/batch.py)."""
     grain: int | None = None
     """Streams end after their last group, rounded up to a multiple of this; None: all are as long as the budget."""
 
     @cached_property
     def tokens_G(self) -> np.ndarray:
         """int64, rows that each group of the store takes."""
-        return stream_tokens(self.store, self.share)
+        return stream_tokens(self.store, self.share, self.scalar)
 
     @cached_property
     def cost_G(self) -> np.ndarray:
         """float64, what each group of the store costs, in units of one row's linear layers."""
-        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share)
+        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share, self.scalar)
 
     @cached_property
     def repeated_G(self) -> np.ndarray:
         """int64, rows that each group would take with its prompt once per response."""
-        return stream_tokens(self.store, share=False)
+        return stream_tokens(self.store, share=False, scalar=self.scalar)
 
     def next_groups(self, consumed: int, count: int) -> np.ndarray:
         """int64 [count]: store numbers of the next groups; independent of the grid."""
@@ -84,7 +87,7 @@ class Stream:
 
     def pack(self, bins: list[Bin], reference: np.ndarray | None) -> list[PackedBatch]:
         """A micro-batch of each bin, on the CPU."""
-        return [pack(self.store, bin_, self.length(bin_), reference, self.share) for bin_ in bins]
+        return [pack(self.store, bin_, self.length(bin_), reference, self.share, self.scalar) for bin_ in bins]
 
     def length(self, bin_: Bin) -> int:
         """Rows of a bin's stream, padding included."""
@@ -102,6 +105,31 @@ class Stream:
         return Filling(rows, 1 - rows / every, repeated - rows, float(cost.max() / cost.mean() - 1))
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A stream of groups with, where the objective needs one, the reference's log-probabilities."""
+
+    stream: Stream
+    column: np.ndarray | None
+    """float32 [S of the store]; None with a resident reference, or without one."""
+    mismatched: Scored | None = None
+    """For objectives that need `mismatched_kl`: the responses of the run's groups, in the run's order, behind other
+    prompts of their batch (the whole store is one batch in evaluation)."""
+
+    def mismatched_batches(self, consumed: int, count: int, rank: int) -> list[PackedBatch] | None:
+        """This data-parallel rank's part of the global batch at a place of the run."""
+        if self.mismatched is None:
+            return None
+        groups = np.arange(consumed, consumed + count)
+        return self.mismatched.stream.batches(groups, rank, self.mismatched.column)
+
+
+def mismatched_stream(stream: Stream, groups_R: np.ndarray, batch: int) -> Stream:
+    """Responses behind other prompts of their batch (see `mismatch.mismatched`), in the order of the run's groups."""
+    assert isinstance(stream.store, GroupStore)
+    return replace(stream, store=mismatched(stream.store, groups_R, batch, stream.seed), shuffle=False)
+
+
 def open_streams(
     config: Config, stores: list[GroupStore], ranks: int, pair_cost: float, fixed_length: bool
 ) -> list[Stream]:
@@ -113,7 +141,8 @@ def open_streams(
     grid = config.parallel
     pipeline, virtual = grid.pipeline_model_parallel_size, grid.virtual_pipeline_model_parallel_size
     multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
-    budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch)
+    scalar = config.objective.head == "scalar"
+    budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch, scalar)
     return [
         Stream(
             store,
@@ -124,6 +153,7 @@ def open_streams(
             seed=config.seed,
             shuffle=config.train.shuffle,
             share=config.batch.share_prompt,
+            scalar=scalar,
             grain=None if fixed_length or pipeline > 1 else multiple_of,
         )
         for store in stores
@@ -136,6 +166,7 @@ def choose_budget(
     pipeline: int,
     multiple_of: int,
     batch: BatchConfig,
+    scalar: bool = False,
 ) -> Budget:
     """The token budget of a run: what was asked for, or a choice from the data.
 
@@ -144,7 +175,7 @@ def choose_budget(
     `multiple_of` (sequence parallelism splits the stream). Raises ConfigError where a group is longer than asked.
     """
     asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
-    tokens = [stream_tokens(store, batch.share_prompt) for store in stores]
+    tokens = [stream_tokens(store, batch.share_prompt, scalar) for store in stores]
     longest = max(int(t.max()) for t in tokens)
     if asked is not None:
         if asked % multiple_of:

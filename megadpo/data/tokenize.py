@@ -35,6 +35,10 @@ SPECIAL_INSIDE = "a turn has a special token of the tokenizer written out in its
 NOT_CONTINUED = "the chat template writes the prompt otherwise once a response follows"
 NOT_VERBATIM = "the chat template does not write the response as it is"
 NO_BOUNDARY = "prompt and response cannot be told apart in tokens"
+NOTHING_SCORED = "no token to train on is left once cut to length"
+
+SCORED, BODY = 1, 2
+"""Bits of a token's mark: its log-probability counts; it is what the turn says, not the form of the turn."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,38 @@ class Limit:
 
     max_length: most tokens of prompt + one response, at least 2. truncation_mode: see DataConfig. rows: most rows that
     the whole group may take in a packed stream, if there is such a bound; share: whether its prompt stands there once
-    or once per response.
+    or once per response. scalar: the stream is a reward model's, see data/batch.py.
     """
 
     max_length: int
     truncation_mode: str
     rows: int | None = None
     share: bool = True
+    scalar: bool = False
+
+
+@dataclass(frozen=True)
+class Marking:
+    """What besides ids is wanted of tokens. loss_on: see DataConfig. body: formatting tokens are told from others."""
+
+    loss_on: str = "answer"
+    body: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedGroup:
-    """prompt_ids: int32 [at least 1]. response_ids: one int32 [at least 1] per response, best first."""
+    """prompt_ids: int32 [at least 1]. response_ids: one int32 [at least 1] per response, best first.
+
+    labels, scores: of each response, see records.Group. marks: one uint8 array per response, SCORED and BODY bits of
+    its tokens; None: every token counts, and which is formatting is not known.
+    """
 
     origin: str
     prompt_ids: npt.NDArray[np.int32]
     response_ids: tuple[npt.NDArray[np.int32], ...]
+    labels: tuple[bool, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    marks: tuple[npt.NDArray[np.uint8], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,40 +102,110 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What is to be tokenised. ends: tokens that end a response."""
+    """What is to be tokenised. ends: tokens that end a response. headers: of each response, what the template writes
+    before it."""
 
     prompt: str
     responses: tuple[str, ...]
     ends: Mapping[str, int]
     header_scored: bool
+    headers: tuple[str, ...] = ()
 
 
-def tokenize_group(group: Group, tokenizer: Tokenizer, limit: Limit) -> Tokenized | Dropped:
+@dataclass(frozen=True)
+class _Whole:
+    """A group in ids, before it is cut. marks: of each response's tokens, where something depends on them."""
+
+    prompt: list[int]
+    responses: list[list[int]]
+    marks: list[list[int]] | None
+    splits: int
+    header_scored: bool
+
+
+def tokenize_group(
+    group: Group, tokenizer: Tokenizer, limit: Limit, marking: Marking | None = None
+) -> Tokenized | Dropped:
     """The group's ids, or why it cannot be used."""
+    marking = marking or Marking()
     try:
-        texts = _texts(group, tokenizer)
-        prompt = tokenizer.encode(texts.prompt, add_bos=True)
-        splits = [_response_ids(tokenizer, texts, prompt, text) for text in texts.responses]
-        responses = [ids for ids, _ in splits]
-        if len(responses) > 1 and _all_equal(responses):
+        if marking.loss_on == "answer":
+            whole = _answers(group, tokenizer, marking.body)
+        else:
+            whole = _conversation(group, tokenizer, marking.loss_on == "all_tokens")
+        if len(whole.responses) > 1 and _all_equal(whole.responses):
             raise LeaveOutError(IDENTICAL)
-        # With nothing before it the first token of a response is predicted from the end of another text.
-        prompt = prompt or [tokenizer.eos_id]
-        in_length = _cut(prompt, responses, limit, tokenizer.bos_id)
-        kept_prompt, kept = _cut_rows(*in_length, limit, tokenizer.bos_id)
-        if len(kept) > 1 and _all_equal(kept):
+        in_length = _cut(whole.prompt, whole.responses, limit, tokenizer.bos_id)
+        prompt, responses = _cut_rows(*in_length, limit, tokenizer.bos_id)
+        if len(responses) > 1 and _all_equal(responses):
             raise LeaveOutError(IDENTICAL_CUT)
+        marks = None if whole.marks is None else _cut_marks(whole.marks, responses)
     except LeaveOutError as reason:
         return Dropped(group.origin, str(reason))
     return Tokenized(
-        group=TokenizedGroup(group.origin, _array(kept_prompt), tuple(_array(ids) for ids in kept)),
-        boundary_splits=sum(apart for _, apart in splits),
-        prompt_cut=len(kept_prompt) < len(prompt),
-        responses_cut=any(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True)),
-        for_budget=(kept_prompt, kept) != in_length,
-        header_scored=texts.header_scored,
+        group=TokenizedGroup(
+            group.origin,
+            _array(prompt),
+            tuple(_array(ids) for ids in responses),
+            group.labels,
+            group.scores,
+            marks,
+        ),
+        boundary_splits=whole.splits,
+        prompt_cut=len(prompt) < len(whole.prompt),
+        responses_cut=any(len(ids) < len(full) for ids, full in zip(responses, whole.responses, strict=True)),
+        for_budget=(prompt, responses) != in_length,
+        header_scored=whole.header_scored,
         from_template=not isinstance(group.prompt, str),
     )
+
+
+def _answers(group: Group, tokenizer: Tokenizer, body: bool) -> _Whole:
+    """Prompt and answers, all of whose tokens are scored."""
+    texts = _texts(group, tokenizer)
+    prompt = tokenizer.encode(texts.prompt, add_bos=True)
+    splits = [_response_ids(tokenizer, texts, prompt, text) for text in texts.responses]
+    responses = [ids for ids, _ in splits]
+    marks = None
+    if body:
+        headers = texts.headers or ("",) * len(responses)
+        marks = [_body_marks(tokenizer, *pair) for pair in zip(responses, headers, strict=True)]
+    # With nothing before it the first token of a response is predicted from the end of another text.
+    prompt = prompt or [tokenizer.eos_id]
+    return _Whole(prompt, responses, marks, sum(apart for _, apart in splits), texts.header_scored)
+
+
+def _body_marks(tokenizer: Tokenizer, response: list[int], header: str) -> list[int]:
+    """All tokens are scored; those of the header, and the one that ends the turn, are not its body."""
+    before = tokenizer.encode_apart(header) or []
+    size = next((k for k, (a, b) in enumerate(zip(response, before, strict=False)) if a != b), len(before))
+    return [SCORED if k < size or k == len(response) - 1 else SCORED | BODY for k in range(len(response))]
+
+
+def _conversation(group: Group, tokenizer: Tokenizer, every_token: bool) -> _Whole:
+    """A demonstration as one text of which the first token is the prompt: what the assistant says in every turn is
+    scored, or every token."""
+    pieces, ends, header_scored = _pieces(group, tokenizer)
+    text, ids, marks, splits = pieces[0][0], tokenizer.encode(pieces[0][0], add_bos=True), list[int](), 0
+    start = [] if ids else [tokenizer.eos_id]  # with nothing before it the first token would have no row
+    marks += [SCORED if every_token else 0] * len(ids)
+    for number, (piece, said) in enumerate(pieces[1:], start=2):
+        new, apart = _continued(tokenizer, text, ids, piece)
+        if said:
+            new = _ended(tokenizer, new, ends, last=number == len(pieces))
+        splits += said and apart
+        text, ids = text + piece, ids + new
+        marks += [SCORED if said or every_token else 0] * len(new)
+    ids, marks = start + ids, [0] * len(start) + marks
+    return _Whole(ids[:1], [ids[1:]], None if every_token else [marks[1:]], splits, header_scored)
+
+
+def _cut_marks(marks: list[list[int]], responses: list[list[int]]) -> tuple[npt.NDArray[np.uint8], ...]:
+    """Responses only ever lose their ends."""
+    kept = tuple(np.array(mark[: len(ids)], dtype=np.uint8) for mark, ids in zip(marks, responses, strict=True))
+    if not all((mark & SCORED).any() for mark in kept):
+        raise LeaveOutError(NOTHING_SCORED)
+    return kept
 
 
 # Text ------------------------------------------------------------------------------------------------------
@@ -149,7 +239,31 @@ def _rendered(prompt: tuple[Turn, ...], responses: list[tuple[Turn, ...]], token
     for response, answer in zip(responses, answers, strict=True):
         if "".join(response[-1].content.split()) not in "".join(answer.split()):
             raise LeaveOutError(NOT_VERBATIM)
-    return _Texts(before, answers, ends, header_scored=not add_generation_prompt)
+    headers = tuple(
+        answer[: max(answer.find(response[-1].content.strip()), 0)]
+        for response, answer in zip(responses, answers, strict=True)
+    )
+    return _Texts(before, answers, ends, not add_generation_prompt, headers)
+
+
+def _pieces(group: Group, tokenizer: Tokenizer) -> tuple[list[tuple[str, bool]], Mapping[str, int], bool]:
+    """A demonstration's text in pieces, each with whether the assistant says it; the tokens that end an answer;
+    whether the header of a turn had to be counted as said."""
+    if isinstance(group.prompt, str):
+        texts = _texts(group, tokenizer)
+        return [(texts.prompt, False), (texts.responses[0], True)], texts.ends, False
+    turns = (*group.prompt, *(turn for turn in group.responses[0] if isinstance(turn, Turn)))
+    whole = _rendered(group.prompt, [turns[len(group.prompt) :]], tokenizer)
+    text, pieces, at = whole.prompt + whole.responses[0], [], 0
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            earlier = _rendered(turns[:number], [(turn,)], tokenizer)
+            start, end = len(earlier.prompt), len(earlier.prompt + earlier.responses[0])
+            if start < at or not text.startswith(earlier.prompt + earlier.responses[0]):
+                raise LeaveOutError(NOT_CONTINUED)
+            pieces += [(text[at:start], False), (text[start:end], True)]
+            at = end
+    return pieces, whole.ends, whole.header_scored
 
 
 def _until_end(text: str, ends: Mapping[str, int]) -> str:
@@ -171,20 +285,32 @@ def _response_ids(tokenizer: Tokenizer, texts: _Texts, prompt: list[int], respon
     Usually the ids of prompt + response begin with the prompt's, and the rest is the response. Where a token
     would hold text of both, or an unknown token at the boundary could, the response is tokenised on its own.
     """
-    joint = tokenizer.encode(texts.prompt + response, add_bos=True)
-    known_end = not prompt or prompt[-1] != tokenizer.unk_id
-    together = known_end and joint[: len(prompt)] == prompt
-    ids = joint[len(prompt) :] if together else tokenizer.encode_apart(response)
-    if ids is None:
+    ids, apart = _continued(tokenizer, texts.prompt, prompt, response)
+    return _ended(tokenizer, ids, texts.ends, last=True), apart
+
+
+def _continued(tokenizer: Tokenizer, text: str, text_ids: list[int], more: str) -> tuple[list[int], bool]:
+    """(ids of `more` behind a text, whether they had to be had apart from it), see `_response_ids`."""
+    joint = tokenizer.encode(text + more, add_bos=True)
+    known_end = not text_ids or text_ids[-1] != tokenizer.unk_id
+    if known_end and joint[: len(text_ids)] == text_ids:
+        return joint[len(text_ids) :], False
+    apart = tokenizer.encode_apart(more)
+    if apart is None:
         raise LeaveOutError(NO_BOUNDARY)
-    end_ids = set(texts.ends.values())
-    if not ids or ids[-1] not in end_ids:
+    return apart, True
+
+
+def _ended(tokenizer: Tokenizer, ids: list[int], ends: Mapping[str, int], last: bool) -> list[int]:
+    """An answer's ids with the token that ends it, which is added to the last answer where the text writes none."""
+    end_ids = set(ends.values())
+    if last and (not ids or ids[-1] not in end_ids):
         ids = [*ids, tokenizer.eos_id]
-    if tokenizer.eos_id in ids[:-1] or ids[-1] in ids[:-1]:
+    if tokenizer.eos_id in ids[:-1] or (ids and ids[-1] in end_ids and ids[-1] in ids[:-1]):
         raise LeaveOutError(EOS_INSIDE)
     if tokenizer.bos_id in ids[:-1]:
         raise LeaveOutError(BOS_INSIDE)
-    return ids, not together
+    return ids
 
 
 def _cut(
@@ -206,14 +332,15 @@ def _cut_rows(
 ) -> tuple[list[int], list[list[int]]]:
     """The same for the rows of the whole group: the prompt first, then the ends of the longest responses. The prompt's
     last token takes no row of its own (data/batch.py)."""
-    copies = 1 if limit.share else len(responses)
+    copies, spare = 1 if limit.share else len(responses), 0 if limit.scalar else 1
     scored = sum(len(ids) for ids in responses)
-    if limit.rows is None or copies * (len(prompt) - 1) + scored <= limit.rows:
+    if limit.rows is None or copies * (len(prompt) - spare) + scored <= limit.rows:
         return prompt, responses
-    if limit.truncation_mode == "drop" or len(responses) > limit.rows:
+    if limit.truncation_mode == "drop" or len(responses) + copies * (1 - spare) > limit.rows:
         raise LeaveOutError(OVER_BUDGET)
-    prompt = _shorten(prompt, 1 + max(0, limit.rows - scored) // copies, limit.truncation_mode, bos_id)
-    room = limit.rows - copies * (len(prompt) - 1)
+    most_rows = max(1 - spare, (limit.rows - scored) // copies)
+    prompt = _shorten(prompt, spare + most_rows, limit.truncation_mode, bos_id)
+    room = limit.rows - copies * (len(prompt) - spare)
     most = max(len(ids) for ids in responses)
     while sum(min(len(ids), most) for ids in responses) > room:
         most -= 1

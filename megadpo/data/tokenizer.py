@@ -150,6 +150,21 @@ def load_tokenizer(path: str, chat_template: str | None) -> Tokenizer:
     return tokenizer
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """A token with which no response ends, for a program that looks for the last token that is not padding: the special
+    token that says `pad`, else the unknown one, else the BOS. Raises TokenizerError where there is none."""
+    backend = tokenizer.backend
+    named = [number for text, number in backend.specials.items() if "pad" in text.lower()]
+    bos = backend.specials.get(backend.names.get("bos_token", ""))
+    choices = [number for number in (*named, backend.unk_id, bos) if number is not None and number != backend.eos_id]
+    if not choices:
+        raise TokenizerError(
+            "the tokenizer has no special token that could serve as padding beside its EOS, so that transformers would "
+            "take a reward one token too early; name a pad_token of its own in tokenizer_config.json"
+        )
+    return choices[0]
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size_of_model: int) -> None:
     """Raises TokenizerError where an id of the tokenizer has no row in the model's embedding."""
     if tokenizer.vocab_size > vocab_size_of_model:

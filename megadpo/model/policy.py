@@ -14,6 +14,7 @@ from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.attention import Backend, stream_params
 from megadpo.model.head import LogprobHead
+from megadpo.model.reward import RewardHead
 from megadpo.model.rope import angles, cosines_and_sines, inverse_frequencies, local_frequencies
 
 
@@ -41,7 +42,9 @@ class Policy(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Called by GPTModel's constructor once embedding and output layer stand; here the head takes its place, so
         that Megatron-Core marks and ties the head's weight and not that of the layer that it replaces."""
-        if self.post_process:
+        if self.post_process and self.shape.head != "vocabulary":
+            self.output_layer = RewardHead(self.config)
+        elif self.post_process:
             self.output_layer = LogprobHead(
                 self.config.hidden_size,
                 self.vocab_size,
@@ -57,7 +60,8 @@ class Policy(GPTModel):
         super().setup_embeddings_and_output_layer()
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-probabilities float32 [N] on the last stage, hidden states [T, 1, D] for the next stage elsewhere."""
+        """Log-probabilities (of a reward model, rewards) float32 [N] on the last stage, hidden states [T, 1, D] for the
+        next stage elsewhere."""
         hidden_TD = self.hidden_states(batch)
         if not self.post_process:
             return hidden_TD

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.convert.exporter import export_hf
-from megadpo.data.tokenizer import load_tokenizer, tokenizer_files
+from megadpo.convert.exporter import Reward, export_hf
+from megadpo.data.tokenizer import load_tokenizer, padding_id, tokenizer_files
 from megadpo.errors import StorageError
 from megadpo.files import storage_errors, write_text
 from megadpo.observe.progress import Screen, Terminal
@@ -63,6 +63,10 @@ def export(config: Config, source: Path, out: Path, replace: bool = False) -> No
     the new one is whole; else a folder that is not empty is a StorageError.
     """
     fresh = out.with_name(out.name + ".new") if replace else out
+    reward = None
+    if config.objective.head == "scalar":
+        tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
+        reward = Reward(padding_id(tokenizer))
     screen = Screen(Terminal(sys.__stdout__))
     with screen.task("export: percent", 100) as task, storage_errors(out, "export.path"):
         if replace:
@@ -74,6 +78,7 @@ def export(config: Config, source: Path, out: Path, replace: bool = False) -> No
             config.export.dtype,
             int(config.export.max_shard_size_gb * 1e9),
             lambda done, total: task.to(100 * done // total),
+            reward,
         )
         if config.data.tokenizer:
             for stale in fresh.glob("token*"):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megadpo.config import Config
 from megadpo.config.check import check_grid
-from megadpo.convert.families import read_shape
+from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.fit import misfits
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
+from megadpo.data.kinds import wanted
 from megadpo.data.prepare import prepare
 from megadpo.data.store import GroupStore
-from megadpo.data.stream import open_streams
+from megadpo.data.stream import Stream, mismatched_stream, open_streams
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError
 from megadpo.observe.log import write_run_files
@@ -51,7 +55,7 @@ class Inputs:
 
 def read_shapes(config: Config, world_size: int) -> Shapes:
     """Raises ModelError for a folder that is no supported model, ConfigError for a grid that does not fit it."""
-    policy = read_shape(_folder(config.model.path))
+    policy = with_head(read_shape(_folder(config.model.path)), config.objective.head, config.model.path)
     problems = check_grid(
         config,
         num_attention_heads=policy.num_attention_heads,
@@ -82,7 +86,12 @@ def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, traini
             config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         )
         every = [store for store in stores if store is not None]
-        open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)  # the budget fits
+        # The budget fits, and mismatched responses can be had.
+        streams = open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)
+        if training:
+            mismatched_streams(config, streams, [run_length(config, len(every[0])).groups, None])
+        else:
+            mismatched_streams(config, streams[1:], [None])
         if training:
             _claim(config, every[0])
         return json.dumps([None if store is None else str(store.folder) for store in stores])
@@ -104,10 +113,27 @@ def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | N
 
     def store(name: str, sources: tuple[str, ...]) -> GroupStore:
         with screen.task(f"{name}: rows", None) as task:
-            return prepare(sources, config.data, config.model.path, config.objective.responses, config.batch, task.to)
+            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
 
     train = store("data.train", config.data.train)
     return train, store("data.eval", config.data.eval) if config.data.eval else None
+
+
+def mismatched_streams(config: Config, streams: list[Stream], counts: list[int | None]) -> Sequence[Stream | None]:
+    """For objectives that need `mismatched_kl`, each stream's responses behind other prompts; None for others.
+
+    counts: of each stream, how many groups of it the run takes, global_batch_size at a time; None: every one once, as
+    one batch. Raises DataError where a batch has no such pairing.
+    """
+    if "mismatched_kl" not in config.objective.needs:
+        return [None] * len(streams)
+    found = []
+    for stream, count in zip(streams, counts, strict=False):
+        every = len(stream.store)
+        order = np.arange(every) if count is None else stream.next_groups(0, count)
+        size = every if count is None else config.batch.global_batch_size
+        found.append(mismatched_stream(stream, order, size))
+    return found
 
 
 def _claim(config: Config, train: GroupStore) -> None:

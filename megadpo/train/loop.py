@@ -9,25 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.data.stream import Stream
+from megadpo.data.stream import Scored
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.evaluate import evaluate
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
 from megadpo.train.state import TrainState
 from megadpo.train.step import Sums, train_step
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A stream of groups with, where the objective needs one, the reference's log-probabilities."""
-
-    stream: Stream
-    column: np.ndarray | None
-    """float32 [S of the store]; None with a resident reference, or without one."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,8 @@ def fit(
         groups = train.stream.next_groups(state.consumed, count)
         bins = train.stream.bins(groups)
         batches = train.stream.pack(bins[context.data_rank], train.column)
-        sums, grad_norm = train_step(state, batches, config.objective, reference, context)
+        mismatched = train.mismatched_batches(state.consumed, count, context.data_rank)
+        sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched)
         filling = train.stream.filling(bins)
         seconds = time.monotonic() - started
         log.step(
@@ -130,15 +120,7 @@ def run_evaluation(
 ) -> Sums:
     """Held-out metrics of the model as it stands."""
     with settled(state.chunks):
-        return evaluate(
-            state.chunks,
-            held_out.stream,
-            config.objective,
-            held_out.column,
-            reference,
-            groups_per_pass(config),
-            context,
-        )
+        return evaluate(state.chunks, held_out, config.objective, reference, groups_per_pass(config), context)
 
 
 def groups_per_pass(config: Config) -> int:

@@ -119,7 +119,8 @@ def clip_and_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 def settled(chunks: list[DistributedDataParallel]) -> Iterator[None]:
     """Parameters are whole inside: an overlapped gather is finished first, and no new one starts from a forward pass.
     For evaluation, scoring and saving between updates."""
-    hooked = [chunk for chunk in chunks if chunk.remove_forward_pre_hook_handles]
+    # A model that is not trained is not wrapped.
+    hooked = [chunk for chunk in chunks if getattr(chunk, "remove_forward_pre_hook_handles", None)]
     for chunk in hooked:
         chunk.disable_forward_pre_hook(param_sync=True)
     try:

@@ -51,7 +51,10 @@ def run_schedule(
 
 
 def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
-    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream."""
+    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream; of a
+    reward model its reward, which is already one number."""
+    if batch.scalar:
+        return logprob_N
     return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import stream_tokens
 from megadpo.data.store import GroupStore
-from megadpo.data.stream import Stream, open_streams
+from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
@@ -28,8 +29,8 @@ from megadpo.parallel.stop import StopSignal
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
 from megadpo.train.export import export, export_target
-from megadpo.train.inputs import Inputs, read_inputs, read_shapes
-from megadpo.train.loop import Scored, fit, groups_per_pass, run_length
+from megadpo.train.inputs import Inputs, mismatched_streams, read_inputs, read_shapes
+from megadpo.train.loop import fit, groups_per_pass, run_length
 from megadpo.train.optimizer import build_optimizer, wrap
 from megadpo.train.score import check_column, fill_column, known_groups, reference_digest, score_groups, stored_column
 from megadpo.train.state import TrainState
@@ -61,8 +62,7 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     log.banner(_banner(config, inputs, streams[0], context))
     policy = _load(config, inputs.shape, config.model.path, context)
     length = run_length(config, len(inputs.train))
-    used = [streams[0].groups_within(length.groups), *(stream.groups_within(None) for stream in streams[1:])]
-    scored, reference = _with_reference(config, inputs, streams, used, policy, context, log)
+    scored, reference = _with_reference(config, inputs, streams, [length.groups, None], policy, context, log)
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
     newest = checkpoint.latest(Path(config.run_dir).expanduser())
@@ -94,27 +94,36 @@ def _with_reference(
     config: Config,
     inputs: Inputs,
     streams: list[Stream],
-    used: list[np.ndarray],
+    counts: list[int | None],
     policy: list[Policy],
     context: ParallelContext,
     log: RunLog,
+    always: bool = False,
 ) -> tuple[list[Scored], list[Policy] | None]:
     """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
 
-    used: the groups of each stream that are needed. The policy has its initial weights here, so it serves as its own
-    reference where no other is named.
+    counts: of each stream, how many groups of it the run takes; None: every one once. The policy has its initial
+    weights here, so it serves as its own reference where no other is named. always: for objectives that need none, too.
     """
-    if not config.objective.needs_reference:
+    others = mismatched_streams(config, streams, counts)
+    if not config.objective.needs_reference and not always:
         return [Scored(stream, None) for stream in streams], None
     if config.reference.mode == "resident":
-        return [Scored(stream, None) for stream in streams], _reference_model(config, inputs, context)
+        scored = [
+            Scored(stream, None, None if other is None else Scored(other, None))
+            for stream, other in zip(streams, others, strict=False)
+        ]
+        return scored, _reference_model(config, inputs, context)
     chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
     weights = weights_digest(Path(config.reference.path or config.model.path).expanduser())
-    scored = [
-        _scored(config, stream, groups, chunks, weights, context, log)
-        for stream, groups in zip(streams, used, strict=True)
-    ]
-    return scored, None
+
+    def with_column(stream: Stream, count: int | None) -> Scored:
+        return _scored(config, stream, stream.groups_within(count), chunks, weights, context, log)
+
+    return [
+        replace(with_column(stream, count), mismatched=None if other is None else with_column(other, None))
+        for stream, other, count in zip(streams, others, counts, strict=False)
+    ], None
 
 
 def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
@@ -168,7 +177,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference
     reference = config.reference.path or "its own initial weights"
-    tokens = stream_tokens(inputs.train, stream.share)
+    tokens = stream_tokens(inputs.train, stream.share, stream.scalar)
     return [
         *package_warnings(versions()),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
@@ -195,14 +204,19 @@ def _too_long(config: Config, shape: ModelShape) -> list[str]:
     ]
 
 
-def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> int:
-    """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself."""
+def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: Rank) -> int:
+    """Held-out metrics of a checkpoint: the one named, else the run folder's newest, else the model's folder itself.
+
+    kl: score the reference, and measure the KL to it, also for an objective that does without one.
+    """
     if not config.data.eval:
         raise ConfigError("data.eval is not given: name the held-out data in the run file or as data.eval=FILE")
     run_dir = Path(config.run_dir).expanduser()
     folder = Path(checkpoint_dir).expanduser() if checkpoint_dir else checkpoint.latest(run_dir)
     if folder is not None:
         identity.check_models(folder, config)
+    if kl and config.objective.head == "scalar":
+        raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
@@ -212,18 +226,9 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, rank: Rank) -> in
     ):
         streams = _streams(config, inputs.stores[1:], inputs, context)
         policy = _load(config, inputs.shape, config.model.path, context)
-        used = [stream.groups_within(None) for stream in streams]
-        [held_out], reference = _with_reference(config, inputs, streams, used, policy, context, log)
+        [held_out], reference = _with_reference(config, inputs, streams, [None], policy, context, log, kl)
         step = checkpoint.load_weights(policy, folder).step if folder else 0
-        sums = evaluate(
-            policy,
-            held_out.stream,
-            config.objective,
-            held_out.column,
-            reference,
-            groups_per_pass(config),
-            context,
-        )
+        sums = evaluate(policy, held_out, config.objective, reference, groups_per_pass(config), context)
         log.line(f"{folder or config.model.path} (step {step}): {sums.groups} groups of {', '.join(config.data.eval)}")
         log.line(f"  eval_loss {sums.loss:.6f}")
         for name, value in sums.metrics.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megadpo.data.store import GroupStore
+from megadpo.data.store import ReferenceColumns
 from megadpo.data.stream import Stream
 from megadpo.errors import NumericsError
 from megadpo.parallel.context import ParallelContext
@@ -32,7 +32,7 @@ def reference_digest(weights: str, store: str, dtype: str) -> str:
     return hashlib.sha256(f"{CODE_VERSION}:{weights}:{store}:{dtype}".encode()).hexdigest()[:32]
 
 
-def stored_column(store: GroupStore, digest: str, context: ParallelContext) -> np.ndarray:
+def stored_column(store: ReferenceColumns, digest: str, context: ParallelContext) -> np.ndarray:
     """float32 [S], NaN where a response was never scored. As the first rank sees it: the file may grow meanwhile."""
     known = store.reference(digest)
     if known is None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megadpo import cli
 from megadpo.config.decode import load_config
+from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare
 from megadpo.inspection import batch_text
 from megadpo.observe.packed import Part, stream_text
@@ -40,7 +41,7 @@ def test_the_drawing_of_a_run(run_file: str, capsys: pytest.CaptureFixture[str])
     assert [head[2] for head in heads] == ["prompt", "chosen", "rejected"] * (len(heads) // 3)
     assert [int(head[3]) for head in heads[1:]] == [int(head[4]) + 1 for head in heads[:-1]], "a row is missing"
     config = load_config(run_file, [])
-    store = prepare(config.data.train, config.data, config.model.path, 2)
+    store = prepare(config.data.train, config.data, config.model.path, Wanted("pairs"))
     for prompt, chosen, rejected in zip(*[iter(heads)] * 3, strict=True):
         group = store.group(int(prompt[1]))
         assert (prompt[5], prompt[6]) == ("0", str(len(group.prompt_ids) - 2))
@@ -88,7 +89,7 @@ def test_the_summary_counts(run_file: str) -> None:
     assert " 0 prompt tokens saved by sharing, 0.0% of" in texts["false"]
     saved, percent, without = re.search(r"(\d+) prompt .* sharing, ([\d.]+)% of the (\d+)", texts["true"]).groups()
     config = load_config(run_file, [])
-    store = prepare(config.data.train, config.data, config.model.path, 2)
+    store = prepare(config.data.train, config.data, config.model.path, Wanted("pairs"))
     assert int(saved) == (store.prompt_lengths - 1).sum()
     assert int(without) == 2 * (store.prompt_lengths - 1).sum() + store.response_lengths.sum()
     assert float(percent) == pytest.approx(100 * int(saved) / int(without), abs=0.06)

@@ -21,12 +21,14 @@ from megadpo.data import prepare as room
 from megadpo.data import processes
 from megadpo.data import store as store_room
 from megadpo.data.batch import stream_tokens
+from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare, store_folder
 from megadpo.data.store import GroupStore
 from megadpo.data.tokenize import OVER_BUDGET, Limit
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError, DataError, MachineError, StorageError, TokenizerError
 
+PAIRS = Wanted("pairs")
 USER = {"role": "user", "content": "What is the answer?"}
 
 
@@ -67,7 +69,7 @@ def contents(store: GroupStore) -> list[Any]:
 
 
 def test_prepare(data: DataConfig, model: str) -> None:
-    store = prepare(data.train, data, model, 2)
+    store = prepare(data.train, data, model, PAIRS)
     assert len(store) == 40
     assert store.group(3).origin == "pairs.jsonl:4"
     assert store.report.rows_read == store.report.groups == 40
@@ -77,9 +79,9 @@ def test_prepare(data: DataConfig, model: str) -> None:
 
 
 def test_second_time_nothing_is_done(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = prepare(data.train, data, model, 2)
+    first = prepare(data.train, data, model, PAIRS)
     monkeypatch.setattr(processes, "tokenize_group", None)
-    again = prepare(data.train, data, model, 2)
+    again = prepare(data.train, data, model, PAIRS)
     assert (again.folder, again.digest) == (first.folder, first.digest)
     assert contents(again) == contents(first)
 
@@ -89,7 +91,7 @@ def test_what_is_dropped_is_counted_and_named(data: DataConfig, model: str, tmp_
     null = pair(2) | {"chosen": None}
     inside = pair(3) | {"chosen": " is</s> 3"}
     rows = [pair(0), same, null, inside, pair(4), *[same] * 4]
-    report = prepare((write(tmp_path / "odd.jsonl", rows),), data, model, 2).report
+    report = prepare((write(tmp_path / "odd.jsonl", rows),), data, model, PAIRS).report
     assert (report.rows_read, report.groups) == (9, 2)
     assert sorted(report.dropped.values()) == [1, 1, 5]
     assert report.examples["all responses are identical"] == ["odd.jsonl:2", "odd.jsonl:6", "odd.jsonl:7"]
@@ -102,9 +104,9 @@ def test_truncation_and_boundaries_are_counted(data: DataConfig, model: str, tmp
     long = pair(1) | {"prompt": "The cat" * 40}
     longer = pair(2) | {"chosen": " The cat" * 60}
     source = write(tmp_path / "long.jsonl", [torn, long, longer])
-    report = prepare((source,), replace(data, max_length=50), model, 2).report
+    report = prepare((source,), replace(data, max_length=50), model, PAIRS).report
     assert (report.groups, report.truncated, report.responses_cut, report.boundary_splits) == (3, 2, 1, 1)
-    dropped = prepare((source,), replace(data, max_length=50, truncation_mode="drop"), model, 2).report
+    dropped = prepare((source,), replace(data, max_length=50, truncation_mode="drop"), model, PAIRS).report
     assert dropped.dropped == {"longer than data.max_length": 2}
 
 
@@ -112,31 +114,31 @@ def test_no_group_is_over_a_given_budget(data: DataConfig, model: str, tmp_path:
     """Cut or dropped by truncation_mode, counted and named, whatever the layout; far too small a budget is an error."""
     rows = [pair(number) for number in range(4)] + [pair(5) | {"prompt": "The cat" * 40}]
     source = (write(tmp_path / "long.jsonl", rows),)
-    whole = prepare(source, data, model, 2)
+    whole = prepare(source, data, model, PAIRS)
     usual = int(stream_tokens(whole, share=False)[:4].max())
     for share in (True, False):
         batch = BatchConfig(micro_batch_tokens=usual, share_prompt=share)
-        cut = prepare(source, data, model, 2, batch)
+        cut = prepare(source, data, model, PAIRS, batch)
         assert stream_tokens(cut, share).max() <= usual < stream_tokens(whole, share).max()
         assert (len(cut), cut.report.over_budget, cut.report.responses_cut) == (5, 1, 0)
         assert any("batch.micro_batch_tokens" in line and "long.jsonl:5" in line for line in cut.report.lines())
-    dropped = prepare(source, replace(data, truncation_mode="drop"), model, 2, batch)
+    dropped = prepare(source, replace(data, truncation_mode="drop"), model, PAIRS, batch)
     assert (len(dropped), dropped.report.dropped) == (4, {OVER_BUDGET: 1})
     with pytest.raises(ConfigError, match=r"micro_batch_tokens = 4: 5 of 5 groups take more rows"):
-        prepare(source, data, model, 2, BatchConfig(micro_batch_tokens=4))
+        prepare(source, data, model, PAIRS, BatchConfig(micro_batch_tokens=4))
 
 
 def test_conversations_name_their_template(data: DataConfig, model: str, tmp_path: Path) -> None:
     source = write(tmp_path / "chat.jsonl", [chat(1), chat(2)])
-    assert prepare((source,), data, model, 2).report.template == "ChatML, as the model has no template"
+    assert prepare((source,), data, model, PAIRS).report.template == "ChatML, as the model has no template"
     (tmp_path / "mine.jinja").write_text(CHATML)
     given = replace(data, chat_template=str(tmp_path / "mine.jinja"))
-    assert prepare((source,), given, model, 2).report.template.endswith("mine.jinja")
+    assert prepare((source,), given, model, PAIRS).report.template.endswith("mine.jinja")
 
 
 def test_several_sources_in_their_order(data: DataConfig, model: str, tmp_path: Path) -> None:
     other = write(tmp_path / "chat.jsonl", [chat(1), chat(2)])
-    store = prepare((other, *data.train), data, model, 2)
+    store = prepare((other, *data.train), data, model, PAIRS)
     assert [store.group(number).origin for number in (0, 1, 2)] == [
         "chat.jsonl:1",
         "chat.jsonl:2",
@@ -150,7 +152,7 @@ def test_several_sources_in_their_order(data: DataConfig, model: str, tmp_path: 
 def test_real_conversations(shared: Path, data: DataConfig) -> None:
     source = str(shared / "data" / "dpo_en_demo.json")
     model = str(shared / "models" / "stories260k")
-    store = prepare((source,), replace(data, max_length=4096), model, 2)
+    store = prepare((source,), replace(data, max_length=4096), model, PAIRS)
     assert len(store) + sum(store.report.dropped.values()) == 299
     assert len(store) > 290
     check_vocabulary(load_tokenizer(model, None), 512)
@@ -173,7 +175,7 @@ def test_bare_sentencepiece_gives_the_same_tokens(shared: Path, data: DataConfig
     (tmp_path / "bare").mkdir()
     shutil.copy(folder / "tokenizer.model", tmp_path / "bare")
     digests = {
-        prepare(source, replace(data, tokenizer=tokenizer), str(folder), 2).digest
+        prepare(source, replace(data, tokenizer=tokenizer), str(folder), PAIRS).digest
         for tokenizer in (None, str(folder / "tokenizer.model"), str(tmp_path / "bare"))
     }
     assert len(digests) == 1
@@ -182,9 +184,9 @@ def test_bare_sentencepiece_gives_the_same_tokens(shared: Path, data: DataConfig
 # The cache key ---------------------------------------------------------------------------------------------
 
 
-def key(data: DataConfig, model: str, responses: int | None = 2) -> str:
+def key(data: DataConfig, model: str, wanted: Wanted = PAIRS) -> str:
     tokenizer = load_tokenizer(data.tokenizer or model, data.chat_template)
-    return store_folder(data.train, data, Limit(data.max_length, data.truncation_mode), tokenizer, responses).name
+    return store_folder(data.train, data, Limit(data.max_length, data.truncation_mode), tokenizer, wanted).name
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -199,7 +201,10 @@ def test_trap_14_one_change_changes_the_key(data: DataConfig, model: str, tmp_pa
     data = replace(data, chat_template=str(template))
     keys = [key(data, model)]
     keys += [key(replace(data, max_length=1023), model), key(replace(data, truncation_mode="drop"), model)]
-    keys += [key(replace(data, format="trl_standard"), model), key(data, model, None), key(data, model, 3)]
+    keys += [key(replace(data, format="trl_standard"), model), key(data, model, Wanted("lists"))]
+    keys += [key(data, model, replace(PAIRS, scores=True)), key(data, model, replace(PAIRS, body=True))]
+    random = replace(PAIRS, convert="lists_to_pairs_best_random")
+    keys += [key(data, model, random), key(data, model, replace(random, seed=1))]
     keys += [key(replace(data, train=data.train * 2), model)]
     template.write_text(CHATML + " ")
     keys.append(key(data, model))
@@ -224,6 +229,7 @@ def test_trap_14_template_in_the_tokenizer_changes_the_key(data: DataConfig, mod
 
 def test_trap_14_nothing_else_changes_the_key(data: DataConfig, model: str, tmp_path: Path) -> None:
     before = key(data, model)
+    assert key(data, model, replace(PAIRS, seed=1)) == before
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     shutil.copy(data.train[0], moved / "renamed.jsonl")
@@ -251,10 +257,10 @@ def test_processes_give_what_one_gives(data: DataConfig, tmp_path: Path, monkeyp
     monkeypatch.setattr(processes, "CHUNK", 3)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     seen: list[int] = []
-    many = prepare(data.train, replace(data, num_proc=2), model, 2, on_progress=seen.append)
+    many = prepare(data.train, replace(data, num_proc=2), model, PAIRS, on_progress=seen.append)
     assert "TOKENIZERS_PARALLELISM" not in os.environ
     assert seen == [*range(3, 40, 3), 40]
-    one = prepare(data.train, replace(data, cache_dir=data.cache_dir + "-one"), model, 2)
+    one = prepare(data.train, replace(data, cache_dir=data.cache_dir + "-one"), model, PAIRS)
     assert contents(many) == contents(one)
     assert many.digest == one.digest
 
@@ -263,7 +269,7 @@ def test_killed_process_is_reported(data: DataConfig, model: str, monkeypatch: p
     monkeypatch.setattr(processes, "SMALL", 4)
     monkeypatch.setattr(processes, "_start_process", partial(os._exit, 9))
     with pytest.raises(MachineError, match=r"a tokenising process was killed.*lower data\.num_proc"):
-        prepare(data.train, replace(data, num_proc=2), model, 2)
+        prepare(data.train, replace(data, num_proc=2), model, PAIRS)
     assert left_over(data) == []
 
 
@@ -281,7 +287,7 @@ def prepare_when_told(data: DataConfig, model: str, barrier: Any) -> None:
         publish(temporary, folder)
 
     room._publish = together
-    store = prepare(data.train, data, model, 2)
+    store = prepare(data.train, data, model, PAIRS)
     os._exit(0 if len(store) == 40 else 1)
 
 
@@ -292,7 +298,7 @@ def test_two_preparers_at_once(data: DataConfig, model: str) -> None:
         process.join(120)
     assert [process.exitcode for process in both] == [0, 0]
     assert left_over(data) == []
-    assert len(prepare(data.train, data, model, 2)) == 40
+    assert len(prepare(data.train, data, model, PAIRS)) == 40
 
 
 # Failure ---------------------------------------------------------------------------------------------------
@@ -301,7 +307,7 @@ def test_two_preparers_at_once(data: DataConfig, model: str) -> None:
 def test_nothing_left_is_an_error(data: DataConfig, model: str, tmp_path: Path) -> None:
     source = write(tmp_path / "same.jsonl", [pair(1) | {"rejected": " is 1."}] * 2)
     with pytest.raises(DataError) as caught:
-        prepare((source,), data, model, 2)
+        prepare((source,), data, model, PAIRS)
     assert "nothing to train on; 2 rows read as trl_standard, 0 groups kept" in str(caught.value)
     assert "2 dropped: all responses are identical (same.jsonl:1, same.jsonl:2)" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -312,17 +318,17 @@ def test_bad_line_leaves_nothing_behind(data: DataConfig, model: str, tmp_path: 
     with open(source, "a") as file:
         file.write("{oops}\n")
     with pytest.raises(DataError, match=r"bad\.jsonl:301: not valid JSON"):
-        prepare((source,), data, model, 2)
+        prepare((source,), data, model, PAIRS)
     assert left_over(data) == []
 
 
-def test_number_of_responses(data: DataConfig, model: str, tmp_path: Path) -> None:
+def test_another_kind_names_what_would_do(data: DataConfig, model: str, tmp_path: Path) -> None:
     texts = (write(tmp_path / "texts.jsonl", [{"text": "The cat sat."}]),)
-    assert len(prepare(texts, data, model, 1)) == len(prepare(texts, data, model, None)) == 1
-    with pytest.raises(DataError, match=r"texts\.jsonl:1: .* has 1 response\(s\), but the objective needs 2"):
-        prepare(texts, data, model, 2)
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .* has 2 response\(s\), but the objective needs 1"):
-        prepare(data.train, data, model, 1)
+    assert len(prepare(texts, data, model, Wanted("demonstrations"))) == 1
+    with pytest.raises(DataError, match=r"texts\.jsonl:1: .* demonstrations .*, but .* needs pairs .*; give oth"):
+        prepare(texts, data, model, PAIRS)
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .* set data\.convert to pairs_to_demonstrations, or"):
+        prepare(data.train, data, model, Wanted("demonstrations"))
 
 
 def test_full_disk(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,19 +337,19 @@ def test_full_disk(data: DataConfig, model: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(store_room, "_record_batch", full)
     with pytest.raises(StorageError, match=r"cannot be written; the disk is full: free some space, or set data"):
-        prepare(data.train, data, model, 2)
+        prepare(data.train, data, model, PAIRS)
     assert left_over(data) == []
 
 
 def test_cache_dir_that_cannot_be(data: DataConfig, model: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
-        prepare(data.train, replace(data, cache_dir=str(tmp_path / "file" / "cache")), model, 2)
+        prepare(data.train, replace(data, cache_dir=str(tmp_path / "file" / "cache")), model, PAIRS)
 
 
 def test_too_short_a_length(data: DataConfig, model: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_length = 1: must be at least 2"):
-        prepare(data.train, replace(data, max_length=1), model, 2)
+        prepare(data.train, replace(data, max_length=1), model, PAIRS)
 
 
 # Tokenizers ------------------------------------------------------------------------------------------------

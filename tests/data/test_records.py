@@ -84,6 +84,17 @@ SAMPLES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "prompt_completion": ({"prompt": "The sky is", "completion": " blue."}, "The sky is", (" blue.",)),
     "messages": ({"messages": [USER, BLUE]}, QUESTION, ANSWERS[:1]),
     "text": ({"text": "The sky is blue."}, "", ("The sky is blue.",)),
+    "trl_unpaired": ({"prompt": "The sky is", "completion": " blue.", "label": True}, "The sky is", (" blue.",)),
+    "messages_unpaired": ({"messages": [USER, BLUE], "label": True}, QUESTION, ANSWERS[:1]),
+    "ranked": ({"prompt": "The sky is", "completions": [" blue.", " green."]}, "The sky is", (" blue.", " green.")),
+    "ultrafeedback": (
+        {
+            "instruction": USER["content"],
+            "completions": [{"response": "Blue.", "overall_score": 8}, {"response": "Green.", "overall_score": 2}],
+        },
+        QUESTION,
+        ANSWERS,
+    ),
 }
 
 
@@ -126,7 +137,7 @@ def test_implicit_prompt_keeps_words_whole(tmp_path: Path) -> None:
 
 def test_roles() -> None:
     row = {"messages": [{"from": role, "value": "x"} for role in ("system", "human", "user", "tool", "gpt")]}
-    prompt, (answer,) = detect_format(row, "x").convert(row)
+    prompt, (answer,), *_ = detect_format(row, "x").convert(row)
     assert [turn.role for turn in (*prompt, *answer)] == ["system", "user", "user", "tool", "assistant"]  # type: ignore[union-attr]
 
 
@@ -138,12 +149,76 @@ def test_real_sharegpt(shared: Path) -> None:
     assert found[17].origin == "dpo_en_demo.json[17]"
 
 
-def test_unpaired_labels_are_not_demonstrations(shared: Path, tmp_path: Path) -> None:
-    """Half of them are answers that the model should not give."""
-    with pytest.raises(DataError, match=r"label \(true/false\)"):
-        groups(str(shared / "data" / "kto_en_demo.json"))
-    with pytest.raises(DataError, match="no known format"):
-        only(tmp_path, {"prompt": "a", "completion": "b", "label": False})
+def test_real_unpaired(shared: Path) -> None:
+    """Not demonstrations: half of them are answers that the model should not give."""
+    found = groups(str(shared / "data" / "kto_en_demo.json"))
+    assert len(found) == 300
+    assert {group.kind for group in found} == {"unpaired"}
+    assert sum(group.labels == (True,) for group in found) == 150
+
+
+def test_labels(tmp_path: Path) -> None:
+    for value, label in ((True, True), (0, False), (1, True)):
+        assert only(tmp_path, {"prompt": "a", "completion": "b", "label": value}).labels == (label,)
+    assert only(tmp_path, {"prompt": "a", "completion": "b", "kto_tag": False}).labels == (False,)
+    for wrong in ("good", 2, -1, 0.5, []):
+        with pytest.raises(DataError, match="`label` must be true"):
+            only(tmp_path, {"prompt": "a", "completion": "b", "label": wrong})
+
+
+@pytest.mark.parametrize(
+    ("columns", "scores"),
+    [
+        ({"margin": 1.5}, (1.5, 0.0)),
+        ({"margin": 1.5, "chosen_score": 9, "rejected_score": 1}, (1.5, 0.0)),
+        ({"chosen_score": 9, "rejected_score": 1}, (9.0, 1.0)),
+        ({"score_chosen": 1.0, "score_rejected": 9.0}, (1.0, 9.0)),
+        ({"chosen_rating": 4, "rejected_rating": 2}, (4.0, 2.0)),
+        ({"chosen_score": None, "rejected_score": 1}, None),
+        ({}, None),
+    ],
+)
+def test_scores_of_pairs(columns: dict[str, Any], scores: Any, tmp_path: Path) -> None:
+    assert only(tmp_path, PAIR | columns).scores == scores
+
+
+@pytest.mark.parametrize("wrong", [{"margin": "big"}, {"margin": True}, {"chosen_score": [1], "rejected_score": 2}])
+def test_scores_that_are_no_numbers(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="must be a finite number"):
+        only(tmp_path, PAIR | wrong)
+
+
+def test_ranked_lists(tmp_path: Path) -> None:
+    """Best first whatever their order in the file; the aspects' mean goes before UltraFeedback's overall score."""
+    items = [{"response": "a", "score": 1}, {"response": "b", "score": 3}, {"response": "c", "score": 3}]
+    group = only(tmp_path, {"prompt": "x", "completions": items})
+    assert (group.kind, group.responses, group.scores) == ("lists", ("b", "c", "a"), (3.0, 3.0, 1.0))
+    apart = only(tmp_path, {"prompt": "x", "responses": ["a", "b"], "scores": [1, 2]})
+    assert (apart.responses, apart.scores) == (("b", "a"), (2.0, 1.0))
+    in_order = only(tmp_path, {"prompt": "x", "responses": ["b", "a"]})
+    assert (in_order.responses, in_order.scores, in_order.kind) == (("b", "a"), None, "lists")
+    items = [
+        {"response": "Green.", "overall_score": 10, "fine-grained_score": 1.25},
+        {"response": "Blue.", "overall_score": 8.5, "fine-grained_score": 4.75},
+    ]
+    feedback = only(tmp_path, {"instruction": USER["content"], "completions": items, "models": ["a", "b"]})
+    assert (feedback.prompt, feedback.responses, feedback.scores) == (QUESTION, ANSWERS, (4.75, 1.25))
+    chat = only(tmp_path, {"prompt": [USER], "completions": [[BLUE], [GREEN]]})
+    assert (chat.prompt, chat.responses) == (QUESTION, ANSWERS)
+    reasons = [
+        {"prompt": "x", "completions": [{"response": "a", "score": 1}]},
+        {"prompt": "x", "completions": [{"response": "a", "score": 1}, {"response": "b", "score": None}]},
+    ]
+    dropped = [item for item in read_groups(lines(tmp_path / "odd.jsonl", *reasons), None, "auto")]
+    assert [item.reason for item in dropped if isinstance(item, Dropped)] == [
+        "a list with fewer than two responses",
+        "a completion has no score",
+    ]
+    for wrong in ({"completions": "a"}, {"completions": [{"answer": "a"}] * 2}, {"completions": [1, 2]}):
+        with pytest.raises(DataError):
+            only(tmp_path, {"prompt": "x"} | wrong)
+    with pytest.raises(DataError, match="one per completion"):
+        only(tmp_path, {"prompt": "x", "completions": ["a", "b"], "scores": [1]})
 
 
 @pytest.mark.parametrize(

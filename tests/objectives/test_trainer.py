@@ -17,7 +17,7 @@ from megadpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
 from megadpo.config.check import NOT_GIVEN
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
-from megadpo.data.stream import Stream
+from megadpo.data.stream import Scored, Stream
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.objectives import DPO, OBJECTIVES, SFT, Mix
 from megadpo.objectives.across_pairs import AOT, BCO, AOTUnpaired, BetaDPO
@@ -226,7 +226,7 @@ def evaluated(device: torch.device, case: Case, reference_folder: Path, work: li
         reference = build(replace(case, folder=reference_folder), context)[0].modules
         return [
             [
-                evaluate(state.modules, replace(stream, store=store), objective, None, model, size, context)
+                evaluate(state.modules, Scored(replace(stream, store=store), None), objective, model, size, context)
                 for size in (2, len(store))
             ]
             for objective, store in work
@@ -251,7 +251,7 @@ def test_held_out_data_are_one_batch(made: tuple[Case, Path]) -> None:
 
 STREAM = Stream(random_groups(2), Budget(64), ranks=1, multiple=1)
 CONFIG = Config("run", ModelConfig("model"), DataConfig(("pairs.jsonl",)))
-WITHOUT: tuple[Any, ...] = (None, [STREAM], [np.arange(2)], [], None, None)
+WITHOUT: tuple[Any, ...] = (None, [STREAM], [2], [], None, None)
 """The other arguments of `_with_reference`; a run that needs no reference looks at none but the streams."""
 
 

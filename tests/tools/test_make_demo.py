@@ -9,6 +9,7 @@ from make_demo import SPECIAL_TOKENS, STYLES, Sizes, make, style_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megadpo.config import DataConfig
+from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare
 
 DATA = ("sft.jsonl", "pairs_train.jsonl", "pairs_eval.jsonl")
@@ -92,7 +93,7 @@ def test_the_model_fits_its_tokenizer_and_needs_padding(made: Path) -> None:
 @pytest.mark.parametrize(("name", "responses"), [("sft.jsonl", 1), ("pairs_train.jsonl", 2)])
 def test_megadpo_reads_all_of_it(made: Path, tmp_path: Path, name: str, responses: int) -> None:
     data = DataConfig(train=(str(made / name),), max_length=256, cache_dir=str(tmp_path), num_proc=1)
-    store = prepare(data.train, data, str(made / "model"), responses)
+    store = prepare(data.train, data, str(made / "model"), Wanted("pairs" if responses == 2 else "demonstrations"))
     assert len(store) == len(rows(made, name)) == store.report.rows_read
     assert (store.report.truncated, store.report.boundary_splits) == (0, 0)
     tokenizer = AutoTokenizer.from_pretrained(made / "model")

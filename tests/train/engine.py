@@ -10,13 +10,15 @@ import torch
 from megadpo_kernels import Backend
 
 from megadpo.config import OptimizerConfig, ParallelConfig
-from megadpo.convert.families import read_shape
+from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.importer import load_hf
+from megadpo.data.mismatch import mismatched
 from megadpo.data.packing import Budget
-from megadpo.data.stream import Stream
+from megadpo.data.stream import Scored, Stream
 from megadpo.model.build import build_chunks
 from megadpo.objectives import DPO, Objective
 from megadpo.parallel.context import ParallelContext, grid
+from megadpo.train.evaluate import evaluate
 from megadpo.train.optimizer import build_optimizer, set_learning_rate, settled, wrap
 from megadpo.train.score import score_groups
 from megadpo.train.state import TrainState
@@ -47,6 +49,7 @@ class Case:
     share: bool = True
     grain: int | None = None
     bucket_size: int | None = None
+    evaluated: bool = False
     logprob_backend: Backend = "auto"
 
     @property
@@ -73,13 +76,16 @@ class Piece:
 
 
 def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
-    shape = read_shape(case.folder)
+    shape = with_head(read_shape(case.folder), case.objective.head, case.folder)
     modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute, case.logprob_backend)
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
+    scalar = case.objective.head == "scalar"
     multiple = case.pipeline if case.virtual else 1
-    stream = Stream(case.store, case.budget, context.data_size, multiple, share=case.share, grain=case.grain)
+    stream = Stream(
+        case.store, case.budget, context.data_size, multiple, share=case.share, grain=case.grain, scalar=scalar
+    )
     return TrainState(chunks, optimizer), stream
 
 
@@ -121,6 +127,8 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
             reference = [chunk for chunk in build(case, context)[0].modules]
             for module in reference:
                 module.eval().requires_grad_(False)
+        train = mismatched_of(case, state, stream, context)
+        held_out = Scored(stream, None if case.resident else column, whole_store(case, state, stream, context))
         result: dict[str, Any] = {"column": column, "sums": [], "grad_norms": []}
         first_gradients(state, result)
         for _ in range(case.steps):
@@ -130,12 +138,40 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
                 context.data_rank,
                 None if case.resident else column,
             )
-            sums, norm = train_step(state, batches, case.objective, reference, context)
+            others = train.mismatched_batches(state.consumed, case.batch, context.data_rank)
+            sums, norm = train_step(state, batches, case.objective, reference, context, others)
             result["sums"].append(sums)
             result["grad_norms"].append(norm)
+        if case.evaluated:
+            with settled(state.chunks):
+                result["held_out"] = evaluate(state.chunks, held_out, case.objective, reference, 5, context)
         with settled(state.chunks):
             result["weights"] = pieces(state, lambda p: p.data)
         return result
+
+
+def mismatched_of(case: Case, state: TrainState, stream: Stream, context: ParallelContext) -> Scored:
+    """The training stream with its mismatched responses, scored by the model as it is at the start."""
+    order = stream.next_groups(0, case.steps * case.batch)
+    return Scored(stream, None, _mismatched(case, state, stream, order, case.batch, context))
+
+
+def whole_store(case: Case, state: TrainState, stream: Stream, context: ParallelContext) -> Scored | None:
+    """The store's mismatched responses as one batch, scored by the model as it is at the start."""
+    return _mismatched(case, state, stream, np.arange(len(case.store)), len(case.store), context)
+
+
+def _mismatched(
+    case: Case, state: TrainState, stream: Stream, order: np.ndarray, batch: int, context: ParallelContext
+) -> Scored | None:
+    if "mismatched_kl" not in case.objective.needs:
+        return None
+    other = replace(stream, store=mismatched(case.store, order, batch, seed=0), shuffle=False)
+    if case.resident:
+        return Scored(other, None)
+    with settled(state.chunks):
+        column = score_groups(state.modules, other, np.arange(len(other.store)), 5, context, lambda done: None)
+    return Scored(other, column)
 
 
 def first_gradients(state: TrainState, result: dict[str, Any]) -> None:

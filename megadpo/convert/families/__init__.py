@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from megadpo.convert.config_json import ConfigJson
 from megadpo.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -16,8 +18,11 @@ from megadpo.convert.families.phi3 import PHI3
 from megadpo.convert.families.qwen import QWEN2, QWEN3
 from megadpo.convert.families.qwen3_moe import QWEN3_MOE
 from megadpo.convert.shape import ModelShape
-from megadpo.convert.tables import Family, MegatronTensor, expand
+from megadpo.convert.tables import Family, MegatronTensor, Rows, expand
 from megadpo.errors import ModelError
+
+HEAD, SCORE = "output_layer.weight", "score.weight"
+"""Megatron-Core's key of whatever head there is, and transformers' name of a scalar one."""
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3),
@@ -36,10 +41,34 @@ def read_shape(folder: str | Path) -> ModelShape:
         raise ModelError(f"{folder} is not a folder: give a Hugging Face model folder (config.json, safetensors)")
     config = ConfigJson(folder)
     known = {family.architecture: family for family in FAMILIES}
+    reward = {reward_architecture(family): family for family in FAMILIES}
     names = config.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
-        raise config.wrong("architectures", f"one of {', '.join(sorted(known))}")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in (*known, *reward):
+        raise config.wrong("architectures", f"one of {', '.join(sorted(known))}, or of {', '.join(sorted(reward))}")
+    if names[0] in reward:
+        if len(config.get("id2label") or range(config.get("num_labels") or 2)) != 1:
+            raise config.wrong("id2label", "one label: a reward model gives one number")
+        return replace(reward[names[0]].read_shape(config), tied=False, head="scalar")
     return known[names[0]].read_shape(config)
+
+
+def reward_architecture(family: Family) -> str:
+    """What transformers calls the family's trunk with a scalar head."""
+    trunk = family.architecture.removesuffix("ForCausalLM")
+    text = "Text" if family.name.endswith("_text") else ""  # Gemma 3 has two: with images, and for text alone
+    return f"{trunk}{text}ForSequenceClassification"
+
+
+def with_head(shape: ModelShape, head: Literal["logprob", "scalar"], folder: str | Path) -> ModelShape:
+    """The model with the head that an objective needs. Raises ModelError where a reward model has no such head."""
+    if head == "scalar":
+        return shape if shape.head == "scalar" else replace(shape, tied=False, head="new scalar")
+    if shape.head == "scalar":
+        raise ModelError(
+            f"{folder}: is a reward model, and the objective needs a language model; give one, or a loss_type for "
+            "reward models (docs/reward_model.md)"
+        )
+    return shape
 
 
 def family_of(shape: ModelShape) -> Family:
@@ -49,4 +78,8 @@ def family_of(shape: ModelShape) -> Family:
 
 def megatron_tensors(shape: ModelShape) -> dict[str, MegatronTensor]:
     """Every Megatron tensor of the model by its checkpoint key, in the order of the network."""
-    return expand(family_of(shape).weights, shape)
+    tensors = expand(family_of(shape).weights, shape)
+    if shape.head == "vocabulary":
+        return tensors
+    tensors.pop(HEAD, None)
+    return tensors | {HEAD: MegatronTensor(HEAD, (1, shape.hidden_size), (Rows(SCORE, 0, 1),), padded=False)}

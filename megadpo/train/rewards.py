@@ -1,0 +1,72 @@
+"""`megadpo score --reward`: a reward model's scores of every response of a data set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from megadpo.config import Config
+from megadpo.convert.importer import check_hf, load_hf
+from megadpo.data.kinds import Wanted
+from megadpo.data.prepare import prepare
+from megadpo.data.rescore import check_out, write_scores
+from megadpo.data.store import GroupStore
+from megadpo.data.stream import open_streams
+from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
+from megadpo.errors import ModelError
+from megadpo.model.build import build_chunks
+from megadpo.observe.progress import Screen, Terminal
+from megadpo.parallel.context import from_first_rank, grid, join_world
+from megadpo.parallel.ranks import Rank
+from megadpo.train.inputs import read_shapes
+from megadpo.train.loop import groups_per_pass
+from megadpo.train.score import score_groups
+
+
+def run_scoring(config: Config, out: str, rank: Rank) -> int:
+    """Score data.train, one source, with the reward model at model.path, and write its rows with the scores to `out`.
+
+    Any kind of data will do. Rows that cannot be read as groups of tokens have null; how many is said.
+    """
+    shape = read_shapes(config, rank.world_size).policy
+    folder, target = Path(config.model.path).expanduser(), Path(out).expanduser()
+    if shape.head != "scalar":
+        raise ModelError(f"{folder}: is no reward model (docs/reward_model.md); train one with loss_type: reward")
+    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    screen = Screen(Terminal(sys.__stdout__))
+
+    def prepared() -> str:
+        check_out(target)
+        check_hf(shape, folder)
+        check_vocabulary(
+            load_tokenizer(config.data.tokenizer or str(folder), config.data.chat_template), shape.vocab_size
+        )
+        with screen.task("rows", None) as task:
+            wanted = Wanted(kind=None, scalar=True)
+            return str(prepare(config.data.train, config.data, str(folder), wanted, config.batch, task.to).folder)
+
+    store = GroupStore.open(from_first_rank(rank.rank, rank.world_size, prepared))
+    with grid(config.parallel, device, config.seed) as context:
+        [stream] = open_streams(
+            config, [store], context.data_size, shape.attended_pair_cost, fixed_length=device.type == "cuda"
+        )
+        model = config.model
+        chunks = build_chunks(shape, config.parallel, context, model.dtype, model.recompute, model.logprob_backend)
+        load_hf(chunks, shape, folder)
+        groups = np.arange(len(store))
+        with screen.task("rewards: groups", len(groups)) as task:
+            progress = task.to if context.is_first else lambda done: None
+            column = score_groups(chunks, stream, groups, groups_per_pass(config), context, progress)
+    dist.destroy_process_group()
+    if rank.rank == 0:
+        spans = zip(store.offsets, store.offsets[1:], strict=False)
+        scores = {store.group(g).origin: tuple(column[a:b].tolist()) for g, (a, b) in enumerate(spans)}
+        [source] = config.data.train
+        missing = write_scores(source, config.data.split, config.data.format, scores, target)
+        for line in store.report.lines():
+            screen.line(line)
+        screen.line(f"{target}: {store.report.rows_read} rows" + (f", {missing} without a score" if missing else ""))
+    return 0
