@@ -95,6 +95,11 @@ def _parser() -> Parser:
     export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
     export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    stored = add("checkpoint", _verify, "Look after checkpoints.", run_file=False)
+    actions = stored.add_subparsers(title="actions", metavar="ACTION", required=True)
+    text = "Read every byte of checkpoints and compare with their manifests."
+    verify = actions.add_parser("verify", help=text, description=text)
+    verify.add_argument("folder", metavar="DIR", help="one checkpoint, or a run folder for all of its checkpoints")
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
 
@@ -208,7 +213,31 @@ def _export(options: argparse.Namespace) -> int:
     folder = Path(options.checkpoint).expanduser() if options.checkpoint else checkpoint.latest(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")
+    damaged = checkpoint.damage(folder)
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}; the checkpoint is damaged: give another one with --checkpoint")
     export(config, folder, Path(options.out_dir).expanduser())
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megadpo.checkpoint.folder import STATE, checkpoints, damage
+
+    given = Path(options.folder).expanduser()
+    folders = [given] if (given / STATE).is_file() else checkpoints(given)
+    if not folders:
+        raise CheckpointError(f"{given}: is neither a checkpoint nor a run folder with one; give RUN_DIR or step-...")
+    damaged = []
+    for folder in folders:
+        lines = damage(folder)
+        print("\n".join(lines) if lines else f"{folder}: whole")
+        if lines:
+            damaged.append(folder.name)
+    if damaged:
+        raise CheckpointError(
+            f"{len(damaged)} of {len(folders)} checkpoints are damaged ({', '.join(damaged)}); a run goes on from the "
+            "newest one that is whole"
+        )
     return 0
 
 

@@ -64,9 +64,8 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     scored, reference = _with_reference(config, inputs, streams, used, policy, context, log)
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
-    newest = checkpoint.latest(Path(config.run_dir).expanduser())
+    newest = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
     if newest is not None:
-        checkpoint.load(state, newest)
         log.line(f"going on from {newest}")
     log.resume(state.step)
     train, held_out = scored[0], scored[1] if len(scored) > 1 else None

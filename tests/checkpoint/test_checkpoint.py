@@ -153,7 +153,8 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         finish(begin(folder), folder, Saved(step, step, 10))
     keep_newest(tmp_path, 2)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000003", "step-00000010"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000010"]
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000003", "step-00000010"]
 
 
 def test_a_damaged_checkpoint_is_named(case: Case, tmp_path: Path) -> None:
@@ -171,8 +172,8 @@ def test_a_damaged_checkpoint_is_named(case: Case, tmp_path: Path) -> None:
             return "loaded"
 
     [message] = run_ranks(1, load)
-    assert str(folder) in message
-    assert "remove it to go on" in message
+    assert str(shard) in message
+    assert "the checkpoint is damaged: give another one, or remove it" in message
     assert "\n" not in message
 
 
