@@ -128,10 +128,10 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     if found:
         return found
     by_size = sorted(manifest, key=lambda name: (-manifest[name].bytes, name))
-    for name, entry in hashed(folder, by_size[part::parts]).items():
-        if isinstance(entry, OSError):
-            found.append(f"{folder / name}: {entry.strerror}")
-        elif entry != manifest[name]:
+    for name, read in hashed(folder, by_size[part::parts]).items():
+        if isinstance(read, OSError):
+            found.append(f"{folder / name}: {read.strerror}")
+        elif read != manifest[name]:
             found.append(f"{folder / name}: damaged: its SHA-256 is not the one that was written")
     return found
 
@@ -184,10 +184,10 @@ def finish(partial: Path, folder: Path, saved: Saved, known: Mapping[str, Entry]
         (partial / STATE).write_text(json.dumps(asdict(saved), indent=1))
         files = dict(known or {})
         rest = [path.name for path in sorted(partial.iterdir()) if path.name not in files]
-        for name, entry in hashed(partial, rest).items():
-            if isinstance(entry, OSError):
-                raise entry
-            files[name] = entry
+        for name, read in hashed(partial, rest).items():
+            if isinstance(read, OSError):
+                raise read
+            files[name] = read
         for name, entry in files.items():
             if not (partial / name).is_file() or (partial / name).stat().st_size != entry.bytes:
                 raise StorageError(
