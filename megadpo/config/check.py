@@ -41,6 +41,7 @@ def _sizes(config: Config) -> list[str]:
         ("train.eval_steps", train.eval_steps, 0),
         ("train.save_steps", train.save_steps, 0),
         ("train.save_total_limit", train.save_total_limit, 1),
+        ("train.max_skipped", train.max_skipped, 0),
         ("reference.check_groups", config.reference.check_groups, 0),
         ("seed", config.seed, 0),
     ]
@@ -72,6 +73,8 @@ def _ranges(config: Config) -> list[str]:
         for name, good, allowed in checks
         if not good
     ]
+    if not 0 <= config.train.hang_timeout < float("inf"):
+        found.append(f"train.hang_timeout = {config.train.hang_timeout}: must be at least 0; 0 switches it off")
     if not config.export.max_shard_size_gb > 0:
         found.append(f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual")
     return found

@@ -82,6 +82,12 @@ class ParallelContext:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen.item() > 0)
 
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank of the world; one exchange for all."""
+        seen = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return [value > 0 for value in seen.tolist()]
+
 
 def join_world(rank: int, world_size: int, local_rank: int, init_method: str) -> torch.device:
     """Join the process group: NCCL where there is a GPU for this rank, gloo otherwise."""

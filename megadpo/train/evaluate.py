@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,16 @@ def evaluate(
     reference: list | None,
     per_pass: int,
     context: ParallelContext,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Sums:
     """Loss and metrics over every group of the stream's store, each group once.
 
     column: the reference's log-probabilities float32 [S of the store]; reference: a resident reference's chunks; both
-    None for objectives that need none. per_pass: groups given to the pipeline at once.
+    None for objectives that need none. per_pass: groups given to the pipeline at once. on_pass: called before each.
     """
     results: list[torch.Tensor] = []
     for start in range(0, len(stream.store), per_pass):
+        on_pass()
         groups = np.arange(start, min(start + per_pass, len(stream.store)))
         batches = stream.batches(groups, context.data_rank, column)
         if reference is not None:

@@ -79,6 +79,8 @@ def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, traini
         every = [store for store in stores if store is not None]
         open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)  # the budget fits
         if training:
+            for store in every:
+                store.check_bytes()
             _claim(config, every[0])
         return json.dumps([None if store is None else str(store.folder) for store in stores])
 

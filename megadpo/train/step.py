@@ -36,6 +36,10 @@ class Sums:
     """Scored tokens."""
 
 
+class NotFiniteError(NumericsError):
+    """A loss or gradient norm; what to do about it is the loop's to decide (train.on_nonfinite)."""
+
+
 def train_step(
     state: TrainState,
     batches: Sequence[PackedBatch],
@@ -46,7 +50,7 @@ def train_step(
     """One update from this rank's micro-batches of a global batch; returns totals and the gradient norm.
 
     reference: chunks of a resident reference model, or None where the batches carry its log-probabilities (or the
-    objective needs none). Raises NumericsError, on every rank and before the weights change, where the loss or the
+    objective needs none). Raises NotFiniteError, on every rank and before the weights change, where the loss or the
     gradient is not finite.
     """
     if reference is not None:
@@ -57,19 +61,14 @@ def train_step(
     results = run_schedule(state.chunks, batches, objective_of(objective), context, forward_only=False)
     sums = total(results, objective, context)
     if not math.isfinite(sums.loss):
-        raise NumericsError(f"step {state.step + 1}: the loss is {sums.loss}; {_WHAT_TO_DO}")
+        raise NotFiniteError(f"step {state.step + 1}: the loss is {sums.loss}")
     grad_norm = prepare_gradients(state.optimizer)
     if not math.isfinite(grad_norm):
-        raise NumericsError(f"step {state.step + 1}: the gradient norm is {grad_norm}; {_WHAT_TO_DO}")
+        raise NotFiniteError(f"step {state.step + 1}: the gradient norm is {grad_norm}")
     clip_and_update(state.optimizer, grad_norm)
     state.step += 1
     state.consumed += sums.groups
     return sums, grad_norm
-
-
-_WHAT_TO_DO = (
-    "no update was made from it; lower optimizer.learning_rate, or look at the data, and go on from the last checkpoint"
-)
 
 
 def run_schedule(
