@@ -75,7 +75,14 @@ def _parser() -> Parser:
             )
         return added
 
-    add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
+    train = add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a rank died or hung, start again up to N times; not without a newer checkpoint in between",
+    )
     add("prepare", _prepare, "Read and tokenise the data ahead of the run.")
     evaluate = add("eval", _eval, "Held-out metrics of a checkpoint.")
     evaluate.add_argument(
@@ -108,7 +115,7 @@ def _parser() -> Parser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _start(_config(options), _train_rank)
+    return _start(_config(options), _train_rank, options.max_restarts)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -127,13 +134,18 @@ def _evaluate_rank(checkpoint: str | None, config: Config, rank: Rank) -> int:
     return run_evaluation(config, checkpoint, rank)
 
 
-def _start(config: Config, job: Job) -> int:
-    from megadpo.launch import RankFailedError, start
+def _start(config: Config, job: Job, max_restarts: int = 0) -> int:
+    from megadpo.launch import RankFailedError, restarted, start
     from megadpo.observe.trackers import check_trackers
 
     check_trackers(config.log)
     try:
-        return start(config, job, preload=_import_training)
+        return restarted(
+            lambda: start(config, job, preload=_import_training),
+            Path(config.run_dir).expanduser(),
+            max_restarts if joined(os.environ) is None else 0,  # torchrun and SLURM start again themselves
+            _complain,
+        )
     except MegadpoError as error:
         _complain(str(error))
         return error.exit_code

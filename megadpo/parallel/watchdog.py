@@ -1,9 +1,9 @@
 """A rank that makes no progress ends itself, with the stacks of its threads in its log.
 
-In a job of several ranks all wait in a collective for the one that hangs, so all of them notice within the same second,
-and their stacks together show who waits for whom. What holds Python's lock stops a thread of Python's too, so a timer of
-faulthandler's, which needs no lock, stands behind it. A stopped process (SIGSTOP) can do nothing itself: its peers notice,
-and on one machine the parent (launch/local.py).
+In a job of several ranks all wait in a collective for the one that hangs, so all of them notice within the same
+second, and their stacks together show who waits for whom. What holds Python's lock stops a thread of Python's too, so a
+timer of faulthandler's, which needs no lock, stands behind it. A stopped process (SIGSTOP) can do nothing itself: its
+peers notice, and on one machine the parent (launch/local.py).
 """
 
 from __future__ import annotations
@@ -89,11 +89,8 @@ class Watchdog:
             now = time.monotonic()
             if now < self._until:
                 continue
-            print(
-                f"hung: {self._doing} has taken {now - self._began:.0f} s so far; the stacks of this rank's threads:",
-                file=sys.stderr,
-                flush=True,
-            )
+            sys.stderr.write(f"hung: {self._doing} has taken {now - self._began:.0f} s so far; this rank's threads:\n")
+            sys.stderr.flush()
             faulthandler.dump_traceback(file=2, all_threads=True)
             os._exit(EXIT_CODE)
 

@@ -149,9 +149,7 @@ def fit(
             found = culprits(state, batches, config.objective, reference, context)
             _decide(error, found, train.stream, state, left_out, config, log)
             left_out.add(state.step)
-            if config.train.on_nonfinite == "rewind":
-                saver.settle()
-                _rewind(state, error, config, log)
+            _rewind(state, error, saver, config, log)
             continue
         log.step(
             {
@@ -234,8 +232,11 @@ def _decide(
     log.line(f"WARNING    {error} ({who}); {policy}: this batch is left out")
 
 
-def _rewind(state: TrainState, error: NotFiniteError, config: Config, log: Log) -> None:
-    """Back to the newest checkpoint."""
+def _rewind(state: TrainState, error: NotFiniteError, saver: Saver, config: Config, log: Log) -> None:
+    """Back to the newest checkpoint, where the run file says so."""
+    if config.train.on_nonfinite != "rewind":
+        return
+    saver.settle()
     folder = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
     if folder is None:
         raise NumericsError(

@@ -35,8 +35,8 @@ def culprits(
     reference: list | None,
     context: ParallelContext,
 ) -> list[Culprit]:
-    """Compute a global batch again, a micro-batch at a time (as many together as interleaving needs), with gradients that
-    are neither reduced nor used. Every rank calls it with its own micro-batches; all get the same answer.
+    """Compute a global batch again, a micro-batch at a time (as many together as interleaving needs), with gradients
+    that are neither reduced nor used. Every rank calls it with its own micro-batches; all get the same answer.
 
     None found: computed again, everything is finite. Where any rank's loss is to blame, gradients that follow from it
     are not listed.
