@@ -1,15 +1,15 @@
-"""Faults put into whole runs: each ends or goes on as docs/reliability.md says. The functions of FAULTS are counted."""
+"""Faults put into whole runs: each ends or goes on as docs/reliability.md says. `make soak` runs and counts all."""
 
-import faulthandler
 import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,15 @@ def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path
         loop.train_step = original
 
 
+few, many = pytest.param, partial(pytest.param, marks=pytest.mark.slow)
+
+
+def one_of(names: Iterable[str]) -> list[Any]:
+    """The first in `make test`, all in `make test-long` and `make soak`."""
+    first, *others = names
+    return [few(first), *(many(name) for name in others)]
+
+
 def steps_once(run: Run, last: int = STEPS) -> None:
     assert [r["step"] for r in metrics(run.run_dir)] == list(range(1, last + 1))
 
@@ -95,7 +104,7 @@ DEATHS: dict[str, tuple[Callable[[Any], Any], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("death", one_of(DEATHS))
 def test_a_rank_dies_and_the_run_goes_on(run: Run, death: str, capfd: pytest.CaptureFixture[str]) -> None:
     act, code, message = DEATHS[death]
     with in_step(4, 1, act, once=run.folder / "happened"):
@@ -106,6 +115,7 @@ def test_a_rank_dies_and_the_run_goes_on(run: Run, death: str, capfd: pytest.Cap
     assert code
 
 
+@pytest.mark.slow
 def test_restarts_end_where_there_is_no_progress(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """The same fault in the same place: started again once, of the five times that are allowed."""
     with in_step(4, 0, lambda context: os._exit(7)):
@@ -134,9 +144,9 @@ HANGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("hang", HANGS)
+@pytest.mark.parametrize("hang", one_of(HANGS))
 def test_a_hang_is_noticed_with_everyone_s_stack(
-    run: Run, hang: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Run, hang: str, capfd: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:
     """With a limit of 4 s, so that the test is short; the limit of the run file's default is tested by `make soak`."""
     seconds: list[float] = []
@@ -156,12 +166,13 @@ def test_a_hang_is_noticed_with_everyone_s_stack(
         log = (run.run_dir / "logs" / f"rank-{rank}.log").read_text()
         assert "Current thread" in log or "Thread 0x" in log, f"rank {rank} left no stack"
         assert "train_step" in log or "step" in log
-    print(f"hang noticed and all ended after {seconds[0]:.1f} s: {hang}")
+    record_property("seconds", seconds[0])
     assert seconds[0] < limit + 10
     assert run.train() == 0
     steps_once(run)
 
 
+@pytest.mark.slow
 def test_who_holds_python_s_lock_is_ended_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread of Python's can run then; faulthandler's timer can."""
     monkeypatch.setattr("megadpo.parallel.watchdog.BEHIND", 1.0)
@@ -170,12 +181,12 @@ def test_who_holds_python_s_lock_is_ended_too(run: Run, monkeypatch: pytest.Monk
     assert "hold_python_s_lock" in (run.run_dir / "logs" / "rank-1.log").read_text()
     assert run.train() == 0
     steps_once(run)
-    assert faulthandler is not None
 
 
 # ---- asked to stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_asked_to_stop(run: Run, signum: signal.Signals) -> None:
     def ask(context: Any) -> None:
@@ -235,11 +246,15 @@ def groups_of_step(run: Run, number: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("where", "value"), [("loss", float("nan")), ("loss", float("inf")), ("gradient", float("inf")), ("reference", float("nan"))]
+    ("where", "value"),
+    [
+        few("loss", float("nan")),
+        few("gradient", float("inf")),
+        many("loss", float("inf")),
+        many("reference", float("nan")),
+    ],
 )
-def test_stop_names_rank_and_groups(
-    run: Run, where: str, value: float, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_stop_names_rank_and_groups(run: Run, where: str, value: float, capfd: pytest.CaptureFixture[str]) -> None:
     bad = groups_of_step(run, 3)
     with poisoned(set(bad), 1, value, where):
         assert run.train() == 3
@@ -257,7 +272,7 @@ def test_stop_names_rank_and_groups(
     assert [r["step"] for r in metrics(run.run_dir)] == [1, 2]
 
 
-@pytest.mark.parametrize("policy", ["skip", "rewind"])
+@pytest.mark.parametrize("policy", one_of(["rewind", "skip"]))
 def test_go_on_without_the_batch(run: Run, policy: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The weights are those of a run that never saw the batch's update, to the bit; and so after a kill."""
     bad = {groups_of_step(run, 4)[0]}
@@ -278,6 +293,7 @@ def test_go_on_without_the_batch(run: Run, policy: str, capfd: pytest.CaptureFix
         assert [(r["step"], r.get("loss")) for r in again] == [(r["step"], r.get("loss")) for r in records]
 
 
+@pytest.mark.slow
 def test_left_out_batches_are_bounded(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     with poisoned(set(range(600)), 0, float("nan"), "loss"):
         assert run.train("train.on_nonfinite=skip", "train.max_skipped=2") == 3
@@ -287,6 +303,7 @@ def test_left_out_batches_are_bounded(run: Run, capfd: pytest.CaptureFixture[str
     assert "no checkpoint yet to go back to" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_fault_that_does_not_come_again_is_the_machine_s(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     import megadpo.train.step as step
 
@@ -324,6 +341,7 @@ def test_the_store_changes_under_the_run(run: Run, capfd: pytest.CaptureFixture[
     assert "groups.arrow: damaged: its SHA-256" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_half_a_line_of_metrics_and_a_lost_pointer(run: Run) -> None:
     with in_step(4, 0, lambda context: os._exit(7), once=run.folder / "happened"):
         assert run.train() == 1
@@ -334,6 +352,7 @@ def test_half_a_line_of_metrics_and_a_lost_pointer(run: Run) -> None:
     steps_once(run)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     assert run.train() == 0
     before = metrics(run.run_dir)
@@ -349,6 +368,7 @@ def test_a_damaged_checkpoint_is_passed_over(run: Run, capfd: pytest.CaptureFixt
     assert [(r["step"], r["loss"]) for r in metrics(run.run_dir)] == [(r["step"], r["loss"]) for r in before]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before anything is written, with what is needed; what was saved before goes on once there is room."""
     import shutil
@@ -370,7 +390,7 @@ def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], m
     steps_once(run)
 
 
-@pytest.mark.parametrize("mode", ["false", "true"])
+@pytest.mark.parametrize("mode", one_of(["true", "false"]))
 def test_a_disk_that_fails_while_it_is_written(run: Run, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In the background too: told by all ranks together at the next step."""
     import resource
@@ -387,6 +407,7 @@ def test_a_disk_that_fails_while_it_is_written(run: Run, mode: str, capfd: pytes
     steps_once(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [-1e6, 1e6])
 def test_a_clock_that_jumps(run: Run, by: float, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
@@ -400,6 +421,7 @@ def test_a_clock_that_jumps(run: Run, by: float, monkeypatch: pytest.MonkeyPatch
     assert all(r["seconds"] > 0 for r in metrics(run.run_dir))
 
 
+@pytest.mark.slow
 def test_the_launcher_is_killed(run: Run) -> None:
     child = os.fork()
     if child == 0:
