@@ -140,8 +140,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 def test_every_damage_is_noticed_and_the_checkpoint_before_is_taken(
-    case: Case, whole_run: Path, tmp_path: Path
+    case: Case, whole_run: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("kinds", len(DAMAGE))
     for number, harm in enumerate(DAMAGE.values()):
         shutil.copytree(whole_run, tmp_path / str(number))
         harm(tmp_path / str(number) / "checkpoints" / "step-00000002")
