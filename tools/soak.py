@@ -58,8 +58,8 @@ def kills(seconds: float) -> str:
     return (
         f"{real.kills + calls.kills + small.kills} kills: {real.kills} at random instants of real saves (half of them "
         f"in the background, {real.saves} saves returned), {small.kills} at random instants while a real checkpoint's "
-        f"files are saved, {calls.kills} one before every call that changes the folder; {len(lost)} newest checkpoints lost, "
-        f"{len(damaged)} listed ones damaged"
+        f"files are saved, {calls.kills} one before every call that changes the folder; {len(lost)} newest "
+        f"checkpoints lost, {len(damaged)} listed ones damaged"
     )
 
 
