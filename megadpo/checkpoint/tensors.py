@@ -105,9 +105,7 @@ class Saving:
                         async_sharded_save=True,
                     )
                 except RuntimeError as error:  # common.pt, by torch's own writer
-                    if "PytorchStreamWriter" in str(error):
-                        raise OSError(errno.EIO, "common.pt could not be written, the disk may be full") from error
-                    raise
+                    raise _of_the_disk(error) or error from error
                 buckets = self._staged(copy=background)
             self._enough_room(buckets)
         self._thread = threading.Thread(target=self._write, args=(buckets,), name="checkpoint", daemon=True)
@@ -189,10 +187,25 @@ class Saving:
                         raise entry
                     self._written.files[name] = entry
                 self._request.async_fn_args[2].put(results)
-        except OSError as error:
-            self._written.error, self._written.text = error.errno or errno.EIO, error.strerror or str(error)
         except Exception as error:
-            self._written.text = f"{type(error).__name__}: {error}"
+            cause = _of_the_disk(error)
+            if cause is not None:
+                self._written.error, self._written.text = cause.errno or errno.EIO, cause.strerror or str(cause)
+            else:
+                self._written.text = f"{type(error).__name__}: {error}"
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The OSError at the bottom; torch's zip writer covers it with a RuntimeError as it closes the file.
+    None: something else is wrong."""
+    covered: BaseException | None = error
+    while covered is not None:
+        if isinstance(covered, OSError):
+            return covered
+        covered = covered.__cause__ or covered.__context__
+    if "inline_container" in str(error):
+        return OSError(errno.EIO, "the file could not be written whole, the disk may be full")
+    return None
 
 
 def _gathered(mine: Any) -> list:

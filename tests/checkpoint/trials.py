@@ -38,7 +38,7 @@ from megadpo.parallel.context import grid, join_world
 from megadpo.train.optimizer import set_learning_rate
 from megadpo.train.step import train_step
 
-GROUPS, BATCH, EPOCHS = 13, 5, 2
+GROUPS, BATCH, EPOCHS = 13, 2, 2
 """A data set that the batch does not divide."""
 
 
@@ -336,9 +336,7 @@ def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resum
     """Runs that are killed three times each at random instants; compared with one that never stopped: every step's
     groups, loss and gradient norm, and at the end weights, masters and moments, all to the bit."""
     case, chance = tiny_case(folder / "model"), random.Random(seed)
-    began = time.monotonic()
-    whole = follow(case, folder / "whole", 2, None)
-    usual = time.monotonic() - began
+    *whole, usual = follow(case, folder / "whole", 2, None)
     result, end = Resumes(), time.monotonic() + seconds
     counts = Counter(group for line in whole[0].values() for group in line.split()[0].split(","))
     if set(counts.values()) != {EPOCHS} or len(counts) != GROUPS:
@@ -349,7 +347,7 @@ def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resum
         for attempt in range(60):
             # in a loaded machine a run may be killed before its first step; it counts as a resume only after one
             budget = chance.uniform(0, usual) if attempt < 3 else None
-            lines, last = follow(case, run_dir, every, budget)
+            lines, last, _ = follow(case, run_dir, every, budget)
             result.resumes += attempt > 0 and bool(checkpoint.checkpoints(run_dir))
             for step, line in lines.items():
                 if whole[0][step] != line:
@@ -363,17 +361,18 @@ def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resum
     return result
 
 
-def follow(case: Case, run_dir: Path, every: int, kill_after: float | None) -> tuple[dict[int, str], str]:
-    """Run to the end or the kill: (what each step said, the digest at the end or nothing)."""
+def follow(case: Case, run_dir: Path, every: int, kill_after: float | None) -> tuple[dict[int, str], str, float]:
+    """Run to the end or the kill: (what each step said, the digest at the end or nothing, seconds of it)."""
     child, reading = start(case, train_on, run_dir, every)
-    lines = []
     first = said_line(reading)
     assert first is not None, "the run failed to start"
+    began = time.monotonic()
     lines = said(reading, 600 if kill_after is None else kill_after)
+    seconds = time.monotonic() - began
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lines += said(reading, 1)
     os.close(reading)
     steps = {int(line.split()[1]): line.split(maxsplit=2)[2] for line in lines if line.startswith("step")}
     ends = [line.split()[1] for line in lines if line.startswith("end")]
-    return steps, ends[0] if ends else ""
+    return steps, ends[0] if ends else "", seconds
