@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-gpu test-long mutants lint parity clean
+.PHONY: help install demo test test-gpu test-long mutants lint parity soak clean
 
 help:
 	@echo "make demo     the main job on this machine: a model, preferences, DPO on TP2 x PP2, export (no GPU needed)"
@@ -12,6 +12,7 @@ help:
 	@echo "make mutants  puts known mistakes of preference trainers into the objectives; the tests must see every one"
 	@echo "make lint     only lint, types and layers"
 	@echo "make parity   20 steps against TRL's DPOTrainer on six grids; needs ../shared"
+	@echo "make soak     faults by the hundred, about 30 minutes; writes the scorecard of docs/reliability.md"
 	@echo "make install  only make .venv"
 	@echo "make clean    remove .venv and caches"
 
@@ -49,6 +50,9 @@ lint: install
 
 parity: install
 	$(BIN)/python tools/parity.py --model ../shared/models/stories260k --data ../shared/data/stories_pairs_train.jsonl --grids
+
+soak: install
+	nice -n 19 $(BIN)/python tools/soak.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -77,7 +77,14 @@ def _parser() -> Parser:
             )
         return added
 
-    add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
+    train = add("train", _train, "Train, or go on from the run folder's newest checkpoint, then export.")
+    train.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a rank died or hung, start again up to N times; not without a newer checkpoint in between",
+    )
     add("prepare", _prepare, "Read and tokenise the data ahead of the run.")
     evaluate = add("eval", _eval, "Held-out metrics of a checkpoint.")
     evaluate.add_argument(
@@ -111,6 +118,11 @@ def _parser() -> Parser:
     score.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings of a run file: data, parallel, batch"
     )
+    stored = add("checkpoint", _verify, "Look after checkpoints.", run_file=False)
+    actions = stored.add_subparsers(title="actions", metavar="ACTION", required=True)
+    text = "Read every byte of checkpoints and compare with their manifests."
+    verify = actions.add_parser("verify", help=text, description=text)
+    verify.add_argument("folder", metavar="DIR", help="one checkpoint, or a run folder for all of its checkpoints")
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
 
@@ -142,7 +154,7 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    return _start(_config(options), _train_rank)
+    return _start(_config(options), _train_rank, options.max_restarts)
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -218,13 +230,18 @@ def _evaluate_rank(checkpoint: str | None, kl: bool, config: Config, rank: Rank)
     return run_evaluation(config, checkpoint, kl, rank)
 
 
-def _start(config: Config, job: Job) -> int:
-    from megadpo.launch import RankFailedError, start
+def _start(config: Config, job: Job, max_restarts: int = 0) -> int:
+    from megadpo.launch import RankFailedError, restarted, start
     from megadpo.observe.trackers import check_trackers
 
     check_trackers(config.log)
     try:
-        return start(config, job, preload=_import_training)
+        return restarted(
+            lambda: start(config, job, preload=_import_training),
+            Path(config.run_dir).expanduser(),
+            max_restarts if joined(os.environ) is None else 0,  # torchrun and SLURM start again themselves
+            _complain,
+        )
     except MegadpoError as error:
         _complain(str(error))
         return error.exit_code
@@ -306,7 +323,31 @@ def _export(options: argparse.Namespace) -> int:
     folder = Path(options.checkpoint).expanduser() if options.checkpoint else checkpoint.latest(run_dir)
     if folder is None:
         raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")
+    damaged = checkpoint.damage(folder)
+    if damaged:
+        raise CheckpointError(f"{damaged[0]}; the checkpoint is damaged: give another one with --checkpoint")
     export(config, folder, Path(options.out_dir).expanduser())
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from megadpo.checkpoint.folder import STATE, checkpoints, damage
+
+    given = Path(options.folder).expanduser()
+    folders = [given] if (given / STATE).is_file() else checkpoints(given)
+    if not folders:
+        raise CheckpointError(f"{given}: is neither a checkpoint nor a run folder with one; give RUN_DIR or step-...")
+    damaged = []
+    for folder in folders:
+        lines = damage(folder)
+        print("\n".join(lines) if lines else f"{folder}: whole")
+        if lines:
+            damaged.append(folder.name)
+    if damaged:
+        raise CheckpointError(
+            f"{len(damaged)} of {len(folders)} checkpoints are damaged ({', '.join(damaged)}); a run goes on from the "
+            "newest one that is whole"
+        )
     return 0
 
 

@@ -41,3 +41,5 @@ class MachineError(MegadpoError):
 
 class NumericsError(MegadpoError):
     """A loss or gradient that is not finite, or a reference that does not match; no update was made from it."""
+
+    exit_code = 3

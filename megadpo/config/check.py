@@ -5,6 +5,9 @@ Every function returns lines that say what was given, what is allowed and what t
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from megadpo.config import Config, ParallelConfig
@@ -12,6 +15,11 @@ from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.names import name_of
 
 LARGEST_SEED = 2**32 - 1
+SECRETS = re.compile(
+    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|xox[abprs]-[\w-]{10,}|AKIA[A-Z0-9]{16}|[0-9a-f]{40})(?![A-Za-z0-9])|://[^/\s:@]+:[^/\s@]+@"
+)
+"""What keys of Hugging Face, OpenAI, GitHub, GitLab, Slack, AWS and W&B look like, and a password in a URL."""
 
 
 def problems(config: Config) -> list[str]:
@@ -20,6 +28,7 @@ def problems(config: Config) -> list[str]:
         *_sizes(config),
         *_ranges(config),
         *_paths(config),
+        *_secrets(config),
         *_combinations(config),
         *_objective(config),
         *_kinds(config),
@@ -92,6 +101,7 @@ def _sizes(config: Config) -> list[str]:
         ("train.eval_steps", train.eval_steps, 0),
         ("train.save_steps", train.save_steps, 0),
         ("train.save_total_limit", train.save_total_limit, 1),
+        ("train.max_skipped", train.max_skipped, 0),
         ("reference.check_groups", config.reference.check_groups, 0),
         ("seed", config.seed, 0),
     ]
@@ -123,9 +133,35 @@ def _ranges(config: Config) -> list[str]:
         for name, good, allowed in checks
         if not good
     ]
+    if not 0 <= config.train.hang_timeout < float("inf"):
+        found.append(f"train.hang_timeout = {config.train.hang_timeout}: must be at least 0; 0 switches it off")
     if not config.export.max_shard_size_gb > 0:
         found.append(f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual")
     return found
+
+
+def _secrets(config: Config) -> list[str]:
+    """The run file is copied into the run folder and to trackers, so a key has no place in it; nor in this line."""
+    found = []
+    for name, value in sorted(_texts(asdict(config), "")):
+        if SECRETS.search(value):
+            found.append(
+                f"{name}: looks like a key or a password (not shown here); take it out: keys come from the environment "
+                "(HF_TOKEN, WANDB_API_KEY) or from `hf auth login` and `wandb login`"
+            )
+    return found
+
+
+def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:
+    """Every text of the settings with its dotted name."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner, name)
 
 
 def _paths(config: Config) -> list[str]:

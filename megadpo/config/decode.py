@@ -74,7 +74,8 @@ def to_yaml(config: Config) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Lists for tuples, and `***` for the user and password of a URL and for Hugging Face tokens."""
+    """Lists for tuples, and `***` for the user and password of a URL and for Hugging Face tokens that `check` let
+    through."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple):

@@ -154,6 +154,17 @@ class TrainConfig:
     """Write a checkpoint every N steps. The end of the run, Ctrl-C and SIGTERM always write one."""
     save_total_limit: int = 2
     """Checkpoints to keep."""
+    async_save: bool = False
+    """Write checkpoints in the background: training goes on after a copy in host memory (14 bytes per parameter with
+    bfloat16, over the data-parallel ranks). A failure is told at the next step; the end of the run waits."""
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is NaN or infinite never reaches the weights. stop: end the run and name rank and groups.
+    skip: go on without that batch's update. rewind: go back to the newest checkpoint and leave that batch out."""
+    max_skipped: int = 10
+    """Most batches that skip and rewind may leave out in a run; one more stops it."""
+    hang_timeout: float = 50.0
+    """Seconds without a finished step (at least three times the median step) after which a rank is taken as hung: all
+    ranks' stacks go to RUN_DIR/logs and the job ends with exit code 75. 0: never."""
     shuffle: bool = True
     """New order every epoch, from seed and epoch. false: file order."""
 

@@ -17,7 +17,7 @@ import pathlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
+def read_metadata(file: IO[bytes]) -> Any:
+    """What a .metadata holds. UnpicklingError where it names anything that no checkpoint needs."""
+    return _MetadataUnpickler(file).load()
+
+
 class TorchDist:
     """A checkpoint folder. CheckpointError names the folder or file and what is wrong with it."""
 
@@ -57,7 +62,7 @@ class TorchDist:
         path = self.folder / ".metadata"
         try:
             with path.open("rb") as file:
-                found = _MetadataUnpickler(file).load()
+                found = read_metadata(file)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{self.folder}: no checkpoint (no .metadata in it): give the folder of one finished step"

@@ -40,6 +40,9 @@ class MismatchedStore(ReferenceColumns):
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def check_unchanged(self) -> None:
+        self._store.check_unchanged()
+
     def group(self, number: int) -> TokenizedGroup:
         prompt, answer = self._store.group(self._prompts[number]), self._store.group(self._responses[number])
         ids, room = prompt.prompt_ids, int(self.prompt_lengths[number])

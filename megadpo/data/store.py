@@ -129,6 +129,8 @@ class GroupStore(ReferenceColumns):
         self.vocab_size: int = header["vocab_size"]
         self.report = PrepareReport(**header["report"])
         self._chunks = chunks
+        self._sha256: str | None = header.get("sha256")
+        self._stat = os.stat(folder / GROUPS_FILE)
         self._starts = np.cumsum([0] + [len(chunk.origins) for chunk in chunks])
         self.prompt_lengths = _joined([np.diff(chunk.prompt_offsets) for chunk in chunks], np.int32)
         self.response_lengths = _joined([np.diff(chunk.response_offsets) for chunk in chunks], np.int32)
@@ -160,6 +162,31 @@ class GroupStore(ReferenceColumns):
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    def check_bytes(self) -> None:
+        """Read the whole file (about 1 GB/s) and raise StorageError where a byte is not as it was written. Stores that
+        were made before this was kept are not checked."""
+        with (self.folder / GROUPS_FILE).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if self._sha256 is not None and found != self._sha256:
+            raise StorageError(
+                f"{self.folder / GROUPS_FILE}: damaged: its SHA-256 is not the one that was written; delete the folder "
+                "and prepare the data again"
+            )
+
+    def check_unchanged(self) -> None:
+        """Raise StorageError where the mapped file was written to since it was opened. A file that was replaced or
+        deleted stays mapped as it was."""
+        try:
+            now = os.stat(self.folder / GROUPS_FILE)
+        except OSError:
+            return
+        before = self._stat
+        if now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise StorageError(
+                f"{self.folder / GROUPS_FILE}: changed while the run was reading it; delete the folder, prepare the "
+                "data again, and go on from the last checkpoint"
+            )
 
     def group(self, number: int) -> TokenizedGroup:
         """Group `number`, 0 to G - 1; its ids point into the file and are read-only."""
@@ -230,8 +257,11 @@ class StoreWriter:
             self._writer.close()
             self._file.flush()
             os.fsync(self._file.fileno())
+            with (self.folder / GROUPS_FILE).open("rb") as written:
+                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
             header = {
                 "layout": LAYOUT,
+                "sha256": sha256,
                 "digest": self._digest.hexdigest(),
                 "bytes": self._file.tell(),
                 "groups": self.groups,

@@ -11,10 +11,11 @@ from megadpo.config import Config
 from megadpo.launch.failure import RankFailedError
 from megadpo.launch.join import join
 from megadpo.launch.local import local_processes, run_local
+from megadpo.launch.restart import restarted
 from megadpo.launch.worker import Job
 from megadpo.parallel.ranks import joined
 
-__all__ = ["Job", "RankFailedError", "local_processes", "start"]
+__all__ = ["Job", "RankFailedError", "local_processes", "restarted", "start"]
 
 
 def start(config: Config, job: Job, preload: Callable[[], object] | None = None) -> int:

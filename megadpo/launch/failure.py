@@ -9,6 +9,7 @@ from megadpo import errors
 from megadpo.config import Config
 from megadpo.errors import MegadpoError
 from megadpo.launch.worker import Outcome
+from megadpo.parallel.watchdog import EXIT_CODE as HUNG
 
 
 class RankFailedError(Exception):
@@ -33,6 +34,16 @@ def failure(outcome: Outcome, log: Path) -> MegadpoError | RankFailedError:
         return kind(outcome.text)
     line = f"rank {outcome.rank} failed with {outcome.error}, a fault of megadpo or of a library; see {log}"
     return RankFailedError(line, outcome.code, outcome.text)
+
+
+def hung(ranks: list[int], logs: Path) -> RankFailedError:
+    """The exception for ranks that made no progress."""
+    who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return RankFailedError(
+        f"{who} made no progress for longer than train.hang_timeout allows; the stacks of all ranks are in "
+        f"{logs}/rank-*.log",
+        HUNG,
+    )
 
 
 def killed(rank: int, exit_code: int, log: Path) -> RankFailedError:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from megadpo.config import Config, ParallelConfig
 from megadpo.errors import MachineError
 from megadpo.files import storage_errors
-from megadpo.launch.failure import RankFailedError, failure, killed, rank_log, tidy
-from megadpo.launch.worker import Job, Outcome, rank_main, read_outcome
+from megadpo.launch.failure import HUNG, RankFailedError, failure, hung, killed, rank_log, tidy
+from megadpo.launch.worker import STACKS, Job, Outcome, rank_main, read_outcome
 from megadpo.observe.progress import restore_cursor
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING
@@ -29,6 +29,8 @@ SETTLE = 1.0
 """Seconds that the other ranks get to end by themselves, once one has failed."""
 GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
+LOOK = 1.0
+"""Seconds between two looks for ranks that someone stopped."""
 
 
 def local_processes(parallel: ParallelConfig, gpus: int) -> int:
@@ -73,7 +75,7 @@ def _run(config: Config, job: Job, count: int, method: Literal["fork", "spawn"],
         log = rank_log(config, number)
         arguments = (config, rank, job, log, folder, os.getpid(), threads)
         processes.append(context.Process(target=rank_main, args=arguments, name=f"rank {number}"))
-    team = Team(processes, folder)
+    team = Team(processes, folder, config.train.hang_timeout)
     with team.listening():
         with _environment(added):
             team.start()
@@ -84,8 +86,13 @@ def _run(config: Config, job: Job, count: int, method: Literal["fork", "spawn"],
 class Team:
     """The ranks' processes. Once one has failed, or the user insists, the others are ended."""
 
-    def __init__(self, processes: list[BaseProcess], folder: Path) -> None:
+    def __init__(self, processes: list[BaseProcess], folder: Path, hang_timeout: float = 0.0) -> None:
+        """hang_timeout: seconds that a rank may be stopped for; 0: for ever."""
         self.processes = processes
+        self.hung: set[int] = set()
+        """Ranks that ended themselves as hung, or were stopped for too long."""
+        self._hang_timeout = hang_timeout
+        self._stopped_since: dict[int, float] = {}
         self.outcomes: dict[int, Outcome] = {}
         """What the ranks said of their end, of those that said something."""
         self.gone: dict[int, float] = {}
@@ -131,8 +138,9 @@ class Team:
         """Return when every process has ended."""
         running = dict(enumerate(self.processes))
         while running:
-            pause = max(0.0, self._plan[0][0] - time.monotonic()) if self._plan else None
+            pause = max(0.0, self._plan[0][0] - time.monotonic()) if self._plan else LOOK
             connection.wait([process.sentinel for process in running.values()], pause)
+            self._look_for_stopped(running)
             for rank, process in list(running.items()):
                 if process.exitcode is None:
                     continue
@@ -141,11 +149,33 @@ class Team:
                 outcome = read_outcome(self._folder, rank)
                 if outcome is not None:
                     self.outcomes[rank] = outcome
+                if outcome is None and process.exitcode == HUNG:
+                    self.hung.add(rank)
+                    self._ask_for_stacks()
                 if (outcome is None or outcome.kind != "returned") and not self._plan and not self.ended:
                     now = time.monotonic()
                     self._plan = [(now + SETTLE, signal.SIGTERM), (now + SETTLE + GRACE, signal.SIGKILL)]
             while self._plan and time.monotonic() >= self._plan[0][0]:
                 self._send(self._plan.pop(0)[1])
+
+    def _look_for_stopped(self, running: dict[int, BaseProcess]) -> None:
+        """A process that someone stopped (SIGSTOP) can tell nobody; after the time that a hung rank has, it is one."""
+        now = time.monotonic()
+        for rank, process in running.items():
+            if not self._hang_timeout or self._plan or self.ended or not stopped(process.pid or 0):
+                self._stopped_since.pop(rank, None)
+            elif now - self._stopped_since.setdefault(rank, now) > self._hang_timeout:
+                self.hung.add(rank)
+        if self.hung and not self._plan and not self.ended:
+            self._ask_for_stacks()
+            self._plan = [(now + SETTLE, signal.SIGTERM), (now + SETTLE + GRACE, signal.SIGKILL)]
+
+    def _ask_for_stacks(self) -> None:
+        """Of every rank that still runs; one that was stopped has to go on for it."""
+        for process in self._alive():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, STACKS)
+                os.kill(process.pid or 0, signal.SIGCONT)
 
     def _asked(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -175,6 +205,8 @@ class Team:
 def _understood(team: Team, config: Config) -> int:
     """The exit code, or the exception that explains why there is none."""
     outcomes = team.outcomes
+    if team.hung:
+        raise hung(sorted(team.hung), rank_log(config, 0).parent)
     causes: list[tuple[float, Exception]] = []
     for rank, process in enumerate(team.processes):
         log, outcome = rank_log(config, rank), outcomes.get(rank)
@@ -193,6 +225,14 @@ def _understood(team: Team, config: Config) -> int:
         name = signal.Signals(outcomes[rank].code - 128).name
         raise RankFailedError(f"rank {rank} was stopped by {name}, the others with it", outcomes[rank].code)
     return max(outcome.code for outcome in outcomes.values())
+
+
+def stopped(pid: int) -> bool:
+    """Whether Linux says that the process is stopped (state T); never elsewhere."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
 
 
 def _loopback() -> str:

@@ -22,6 +22,10 @@ from megadpo.files import storage_errors, write_text
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING
+from megadpo.parallel.watchdog import stacks_on_signal
+
+STACKS = signal.SIGUSR2
+"""On this a rank writes the stacks of its threads to its log."""
 
 Job = Callable[[Config, Rank], int]
 """What every rank runs; returns the exit code."""
@@ -59,7 +63,12 @@ def run_rank(config: Config, rank: Rank, job: Job, log: Path) -> Outcome:
     Standard error, and all that libraries print, goes to `log`; the terminal stays with rank 0's own lines.
     """
     try:
-        with interruptible(), redirected(log, keep_terminal=rank.rank == 0), quiet():
+        with (
+            interruptible(),
+            redirected(log, keep_terminal=rank.rank == 0),
+            stacks_on_signal(STACKS),
+            quiet(),
+        ):
             try:
                 return Outcome(rank.rank, "returned", job(config, rank), time.monotonic())
             except Exception as error:

@@ -77,6 +77,11 @@ class RunLog:
             self._trackers = open_trackers(self._folder, self._config.log, settings, step + 1)
         self._training = self._closing.enter_context(self._screen.task("step", self._total, step))
 
+    def rewind(self, step: int) -> None:
+        """Training goes on after `step`, an earlier one."""
+        self.close()
+        self.resume(step)
+
     def step(self, record: Mapping[str, float | int]) -> None:
         """One record; `record["step"]` counts updates from 1. NaN and infinity are written as null.
 

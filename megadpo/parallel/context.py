@@ -83,11 +83,11 @@ class ParallelContext:
         torch.distributed.broadcast(values, 0)
         return values
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank of the world."""
-        seen = torch.tensor([float(flag)], device=self.device)
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank of the world; one exchange for all."""
+        seen = torch.tensor([float(flag) for flag in flags], device=self.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        return bool(seen.item() > 0)
+        return [value > 0 for value in seen.tolist()]
 
 
 def join_world(rank: int, world_size: int, local_rank: int, init_method: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,15 +30,18 @@ def evaluate(
     reference: list | None,
     per_pass: int,
     context: ParallelContext,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Sums:
     """Loss and metrics over every group of the stream's store, each group once.
 
-    reference: a resident reference's chunks. per_pass: groups given to the pipeline at once. The store is one batch for
-    the objective, so its loss and metrics are exact means over it. See `Also` for what is measured besides.
+    reference: a resident reference's chunks. per_pass: groups given to the pipeline at once. on_pass: called before
+    each. The store is one batch for the objective, so its loss and metrics are exact means over it. See `Also` for what
+    is measured besides.
     """
-    drift = _drift(chunks, held_out, reference, per_pass, context)
+    drift = _drift(chunks, held_out, reference, per_pass, context, on_pass)
     kept: list[Sequences] = []
     for start in range(0, len(held_out.stream.store), per_pass):
+        on_pass()
         groups = np.arange(start, min(start + per_pass, len(held_out.stream.store)))
         batches = held_out.stream.batches(groups, context.data_rank, held_out.column)
         if reference is not None:
@@ -56,7 +59,12 @@ def evaluate(
 
 
 def _drift(
-    chunks: Sequence[Any], held_out: Scored, reference: list | None, per_pass: int, context: ParallelContext
+    chunks: Sequence[Any],
+    held_out: Scored,
+    reference: list | None,
+    per_pass: int,
+    context: ParallelContext,
+    on_pass: Callable[[], None],
 ) -> Tensor | None:
     """float64 scalar: mean log-ratio over all mismatched responses, for objectives that need it; right on the last
     stage."""
@@ -65,6 +73,7 @@ def _drift(
     size = len(held_out.mismatched.stream.store)
     mean = torch.zeros((), dtype=torch.float64, device=context.device)
     for start in range(0, size, per_pass):
+        on_pass()
         count = min(per_pass, size - start)
         batches = held_out.mismatched_batches(start, count, context.data_rank)
         assert batches is not None

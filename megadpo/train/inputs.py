@@ -93,6 +93,8 @@ def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, traini
         else:
             mismatched_streams(config, streams[1:], [None])
         if training:
+            for store in every:
+                store.check_bytes()
             _claim(config, every[0])
         return json.dumps([None if store is None else str(store.folder) for store in stores])
 

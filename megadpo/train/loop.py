@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.data.stream import Scored
+from megadpo.data.stream import Filling, Scored, Stream
+from megadpo.errors import NumericsError
+from megadpo.observe.spikes import Spikes
 from megadpo.parallel.context import ParallelContext
+from megadpo.parallel.watchdog import Watchdog
 from megadpo.train.evaluate import evaluate
+from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
 from megadpo.train.state import TrainState
-from megadpo.train.step import Sums, train_step
+from megadpo.train.step import NotFiniteError, Sums, train_step
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,46 @@ class Log(Protocol):
 
     def line(self, text: str) -> None: ...
 
+    def rewind(self, step: int) -> None: ...
+
+
+class Saver:
+    """The run's checkpoints; in the background where the run file says so, one at a time."""
+
+    def __init__(self, state: TrainState, config: Config, steps: int, context: ParallelContext, log: Log) -> None:
+        self._state, self._config, self._steps, self._context, self._log = state, config, steps, context, log
+        self._saving: checkpoint.Saving | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint waits to be finished; the same on every rank."""
+        return self._saving is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes its part."""
+        return self._saving is not None and not self._saving.done
+
+    def save(self) -> None:
+        self.settle()
+        train = self._config.train
+        self._saving = checkpoint.Saving(
+            self._state,
+            Path(self._config.run_dir).expanduser(),
+            self._steps,
+            train.save_total_limit,
+            self._context,
+            background=train.async_save,
+        )
+        if not train.async_save:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if any. Raises its StorageError."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            self._log.line(f"saved {saving.finish()}")
+
 
 def fit(
     state: TrainState,
@@ -54,38 +100,49 @@ def fit(
     context: ParallelContext,
     log: Log,
     stop_requested: Callable[[], bool],
+    watch: Watchdog,
 ) -> bool:
     """Train to the end, or until a stop is requested on any rank; True when the end was reached.
 
     A checkpoint is there when this returns, whichever it was.
     """
     length = run_length(config, len(train.stream.store))
-
-    def save() -> None:
-        run_dir = Path(config.run_dir).expanduser()
-        folder = checkpoint.save(state, run_dir, length.steps, config.train.save_total_limit, context)
-        log.line(f"saved {folder}")
+    saver = Saver(state, config, length.steps, context, log)
+    spikes = Spikes()
+    left_out: set[int] = set()
 
     def held_out_metrics() -> None:
         if held_out is not None:
-            log.step({"step": state.step, **_prefixed(run_evaluation(state, held_out, reference, config, context))})
+            sums = run_evaluation(state, held_out, reference, config, context, lambda: watch.slowly("evaluation"))
+            log.step({"step": state.step, **_prefixed(sums)})
 
     if state.step >= length.steps:
         log.line(f"step {state.step} of {length.steps}: this run has reached its end")
         return True
     stopping = False
     while state.step < length.steps and not stopping:
+        watch.step(f"step {state.step + 1}")
         started = time.monotonic()
+        train.stream.store.check_unchanged()
         rate = learning_rate(config.optimizer, state.step, length.steps)
         set_learning_rate(state.optimizer, rate)
         count = min(config.batch.global_batch_size, length.groups - state.consumed)
         groups = train.stream.next_groups(state.consumed, count)
+        if state.step in left_out:
+            _leave_out(state, count, len(train.stream.store), log)
+            continue
         bins = train.stream.bins(groups)
         batches = train.stream.pack(bins[context.data_rank], train.column)
         mismatched = train.mismatched_batches(state.consumed, count, context.data_rank)
-        sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched)
-        filling = train.stream.filling(bins)
-        seconds = time.monotonic() - started
+        try:
+            sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched)
+        except NotFiniteError as error:
+            watch.slowly("the search for what is not finite")
+            found = culprits(state, batches, config.objective, reference, context, mismatched)
+            _decide(error, found, train.stream, state, left_out, config, log)
+            left_out.add(state.step)
+            _rewind(state, error, saver, config, log)
+            continue
         log.step(
             {
                 "step": state.step,
@@ -94,33 +151,113 @@ def fit(
                 "grad_norm": grad_norm,
                 "learning_rate": rate,
                 **sums.metrics,
-                "num_tokens": filling.rows,
                 "num_scored_tokens": sums.tokens,
-                "padding_fraction": filling.padding_fraction,
-                "prompt_tokens_saved": filling.prompt_tokens_saved,
-                "load_imbalance": filling.load_imbalance,
-                "seconds": seconds,
-                "pairs_per_second": count / seconds,
-                "tokens_per_second": filling.rows / seconds,
+                **_filling(train.stream.filling(bins), count, time.monotonic() - started),
             }
         )
+        if spike := spikes.note(sums.loss):
+            log.line(f"WARNING    step {state.step}: {spike}; {_named(groups, train.stream)}")
         if _due(config.train.eval_steps, state.step) and state.step < length.steps:
             held_out_metrics()
-        stopping = context.any_rank(stop_requested())
+        stopping, writing = context.any_of(stop_requested(), saver.writing)
+        if saver.pending and not writing:
+            saver.settle()
         if _due(config.train.save_steps, state.step) and state.step < length.steps and not stopping:
-            save()
-    save()
+            watch.slowly("saving")
+            saver.save()
+    watch.slowly("saving")
+    saver.save()
+    saver.settle()
     if not stopping:
         held_out_metrics()
     return not stopping
 
 
+def _filling(filling: Filling, groups: int, seconds: float) -> dict[str, float]:
+    """How full the step was, and how fast."""
+    return {
+        "num_tokens": filling.rows,
+        "padding_fraction": filling.padding_fraction,
+        "prompt_tokens_saved": filling.prompt_tokens_saved,
+        "load_imbalance": filling.load_imbalance,
+        "seconds": seconds,
+        "pairs_per_second": groups / seconds,
+        "tokens_per_second": filling.rows / seconds,
+    }
+
+
+def _leave_out(state: TrainState, count: int, groups: int, log: Log) -> None:
+    """Go on as if the batch were done, without its update."""
+    state.step += 1
+    state.consumed += count
+    state.skipped += 1
+    log.step({"step": state.step, "epoch": state.consumed / groups, "skipped": state.skipped})
+
+
+def _decide(
+    error: NotFiniteError,
+    found: list[Culprit],
+    stream: Stream,
+    state: TrainState,
+    left_out: set[int],
+    config: Config,
+    log: Log,
+) -> None:
+    """Tell of it where the run file lets the batch be left out; raise NumericsError where not."""
+    if found:
+        who = "; ".join(f"rank {one.rank}: the {one.what} of {_named(one.groups, stream)}" for one in found[:4])
+        who += f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    else:
+        who = "computed again it is finite: a fault of this machine is likely"
+    policy, so_far = config.train.on_nonfinite, max(state.skipped, len(left_out))
+    if policy == "stop":
+        raise NumericsError(
+            f"{error} ({who}); no update was made from it: look at these groups, lower optimizer.learning_rate, or set "
+            "train.on_nonfinite to skip or rewind, and start again to go on from the last checkpoint"
+        )
+    if so_far >= config.train.max_skipped:
+        raise NumericsError(
+            f"{error} ({who}); no update was made from it, and {so_far} batches were left out before "
+            f"(train.max_skipped = {config.train.max_skipped}): the weights or the settings are to blame; lower "
+            "optimizer.learning_rate and start again from an earlier checkpoint"
+        )
+    log.line(f"WARNING    {error} ({who}); {policy}: this batch is left out")
+
+
+def _rewind(state: TrainState, error: NotFiniteError, saver: Saver, config: Config, log: Log) -> None:
+    """Back to the newest checkpoint, where the run file says so."""
+    if config.train.on_nonfinite != "rewind":
+        return
+    saver.settle()
+    folder = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
+    if folder is None:
+        raise NumericsError(
+            f"{error}; train.on_nonfinite = rewind, but there is no checkpoint yet to go back to: lower "
+            "train.save_steps, or set it to skip"
+        )
+    log.rewind(state.step)
+    log.line(f"going on from {folder}")
+
+
+def _named(groups: Sequence[int] | np.ndarray, stream: Stream) -> str:
+    """Groups by number and origin, the first few."""
+    some = [f"{int(group)} ({stream.store.group(int(group)).origin})" for group in groups[:3]]
+    more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+    return f"group{'s' if len(groups) > 1 else ''} {', '.join(some)}{more}"
+
+
 def run_evaluation(
-    state: TrainState, held_out: Scored, reference: list | None, config: Config, context: ParallelContext
+    state: TrainState,
+    held_out: Scored,
+    reference: list | None,
+    config: Config,
+    context: ParallelContext,
+    on_pass: Callable[[], None],
 ) -> Sums:
     """Held-out metrics of the model as it stands."""
     with settled(state.chunks):
-        return evaluate(state.chunks, held_out, config.objective, reference, groups_per_pass(config), context)
+        per_pass = groups_per_pass(config)
+        return evaluate(state.chunks, held_out, config.objective, reference, per_pass, context, on_pass)
 
 
 def groups_per_pass(config: Config) -> int:

@@ -26,6 +26,7 @@ from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
+from megadpo.parallel.watchdog import Watchdog
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
 from megadpo.train.export import export, export_target
@@ -65,15 +66,14 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     scored, reference = _with_reference(config, inputs, streams, [length.groups, None], policy, context, log)
     chunks = wrap(policy, config.parallel)
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
-    newest = checkpoint.latest(Path(config.run_dir).expanduser())
+    newest = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
     if newest is not None:
-        checkpoint.load(state, newest)
         log.line(f"going on from {newest}")
     log.resume(state.step)
     train, held_out = scored[0], scored[1] if len(scored) > 1 else None
     # Only from here on does a signal wait for the end of a step: before, there is nothing to save.
-    with StopSignal() as stop:
-        finished = fit(state, train, held_out, reference, config, context, log, lambda: stop.requested)
+    with StopSignal() as stop, Watchdog(config.train.hang_timeout) as watch:
+        finished = fit(state, train, held_out, reference, config, context, log, lambda: stop.requested, watch)
     return 0 if finished else stop.exit_code
 
 

@@ -12,7 +12,8 @@ from megadpo.model.policy import Policy
 
 @dataclass
 class TrainState:
-    """step: updates made. consumed: groups taken from the stream, its whole cursor.
+    """step: batches done. consumed: groups taken from the stream, its whole cursor. skipped: batches of these that gave
+    no update, as their numbers were not finite.
 
     There is no random state to keep: dropout is off and the data's order is a function of seed and epoch.
     """
@@ -21,6 +22,7 @@ class TrainState:
     optimizer: MegatronOptimizer
     step: int = 0
     consumed: int = 0
+    skipped: int = 0
 
     @property
     def modules(self) -> list[Policy]:

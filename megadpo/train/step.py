@@ -40,6 +40,10 @@ class Sums:
     """Scored tokens."""
 
 
+class NotFiniteError(NumericsError):
+    """A loss or gradient norm; what to do about it is the loop's to decide (train.on_nonfinite)."""
+
+
 def train_step(
     state: TrainState,
     batches: Sequence[PackedBatch],
@@ -52,39 +56,47 @@ def train_step(
 
     reference: chunks of a resident reference model, or None where the batches carry its log-probabilities (or the
     objective needs none). mismatched: this rank's responses to other prompts than their own, for objectives that need
-    `mismatched_kl`. Raises NumericsError, on every rank and before the weights change, where the loss or the gradient
+    `mismatched_kl`. Raises NotFiniteError, on every rank and before the weights change, where the loss or the gradient
     is not finite.
     """
-    if reference is not None:
-        batches = with_reference(reference, batches, context)
-    drift = None if mismatched is None else mean_ratio(state.chunks, reference, mismatched, context)
-    shared = Shared(global_counts(batches, context), drift)
-    if objective.whole_batch:  # one more forward pass, so that the formula sees the whole batch at once
-        with settled(state.chunks):
-            sequences = forward(state.chunks, batches, objective, shared, context)
-        totals, slopes = totals_across(sequences, objective, context)
-        on_last_stage = slopes_of(objective, shared, slopes)
-    else:
-        totals, on_last_stage = None, objective_of(objective, shared)
+    batches, totals, on_last_stage = looked_over(state, batches, objective, reference, context, mismatched)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False)
     sums = read(total(results, objective, context) if totals is None else totals, objective, context)
     if not math.isfinite(sums.loss):
-        raise NumericsError(f"step {state.step + 1}: the loss is {sums.loss}; {_WHAT_TO_DO}")
+        raise NotFiniteError(f"step {state.step + 1}: the loss is {sums.loss}")
     grad_norm = prepare_gradients(state.optimizer)
     if not math.isfinite(grad_norm):
-        raise NumericsError(f"step {state.step + 1}: the gradient norm is {grad_norm}; {_WHAT_TO_DO}")
+        raise NotFiniteError(f"step {state.step + 1}: the gradient norm is {grad_norm}")
     clip_and_update(state.optimizer, grad_norm)
     state.step += 1
     state.consumed += sums.groups
     return sums, grad_norm
 
 
-_WHAT_TO_DO = (
-    "no update was made from it; lower optimizer.learning_rate, or look at the data, and go on from the last checkpoint"
-)
+def looked_over(
+    state: TrainState,
+    batches: Sequence[PackedBatch],
+    objective: Objective,
+    reference: list | None,
+    context: ParallelContext,
+    mismatched: Sequence[PackedBatch] | None,
+) -> tuple[Sequence[PackedBatch], Tensor | None, OnLastStage]:
+    """What the gradient's pass needs to know of the global batch before: the micro-batches with the reference's
+    log-probabilities, the totals where they are known already, and what the schedule calls on the last stage for each
+    micro-batch in this order."""
+    if reference is not None:
+        batches = with_reference(reference, batches, context)
+    drift = None if mismatched is None else mean_ratio(state.chunks, reference, mismatched, context)
+    shared = Shared(global_counts(batches, context), drift)
+    if not objective.whole_batch:
+        return batches, None, objective_of(objective, shared)
+    with settled(state.chunks):  # one more forward pass, so that the formula sees the whole batch at once
+        sequences = forward(state.chunks, batches, objective, shared, context)
+    totals, slopes = totals_across(sequences, objective, context)
+    return batches, totals, slopes_of(objective, shared, slopes)
 
 
 def objective_of(objective: Objective, shared: Shared) -> OnLastStage:
@@ -99,16 +111,16 @@ def objective_of(objective: Objective, shared: Shared) -> OnLastStage:
 
 
 def slopes_of(objective: Objective, shared: Shared, slopes: list[dict[str, Tensor]]) -> OnLastStage:
-    """For the schedule, where the whole batch's loss is known: what has its gradient, and the count.
+    """For the schedule, where the whole batch's loss is known: (what has its gradient, the count, response sums).
 
     slopes: of this rank's micro-batches, in the order in which the schedule takes them.
     """
     coming = iter(slopes)
 
-    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, None]:
+    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sequences = sequences_of(batch, logprob_N, objective, shared)
         slope = {name: value.to(logprob_N.device) for name, value in next(coming).items()}
-        return across.along(sequences, slope), sequences.count(objective.unit), None
+        return across.along(sequences, slope), sequences.count(objective.unit), sequences.policy_S.detach()
 
     return on_last_stage
 

@@ -289,16 +289,21 @@ def test_every_objective_reads_back(load, tmp_path):
         assert load_config(tmp_path / "again.yaml", []) == config
 
 
-def test_secrets_are_not_written(load):
-    token = "hf_" + "A1b2C3d4" * 4
-    text = to_yaml(
-        load(
-            f"reference: {{path: 'x/{token}/y'}}\n",
-            "data.train=[https://me:canary@host/pairs.jsonl, s3://key:canary@bucket/x]",
-        )
-    )
+TOKEN = "hf_" + "A1b2C3d4" * 4
+SECRETS = ["https://me:canary@host/pairs.jsonl", "s3://key:canary@bucket/x", f"x/{TOKEN}/y"]
+
+
+def test_secrets_are_refused_and_not_shown(load):
+    text = complaint(load, f"reference: {{path: '{SECRETS[2]}'}}\n", f"data.train=[{SECRETS[0]}, {SECRETS[1]}]")
+    assert text.count("looks like a key or a password (not shown here)") == 3
     assert "canary" not in text
-    assert token not in text
+    assert TOKEN not in text
+
+
+def test_secrets_are_not_written_either():
+    text = to_yaml(Config("r", ModelConfig("m"), DataConfig(tuple(SECRETS))))
+    assert "canary" not in text
+    assert TOKEN not in text
     assert "https://***@host/pairs.jsonl" in text
 
 

@@ -1,0 +1,432 @@
+"""Faults put into whole runs: each ends or goes on as docs/reliability.md says. `make soak` runs and counts all."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megadpo import checkpoint
+from megadpo.cli import main
+from train.test_run import metrics, run_file, when_step
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Run:
+    """A short run with a checkpoint at every second step, in this process's children."""
+
+    folder: Path
+    path: Path
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def train(self, *overrides: str) -> int:
+        return main(["train", str(self.path), *overrides])
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, by rank."""
+        return [int((self.run_dir / f"pid-{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, shared: Path) -> Run:
+    path = run_file(
+        tmp_path,
+        shared,
+        train={"max_steps": STEPS, "save_steps": 2, "save_total_limit": 3, "hang_timeout": 50},
+        parallel={"tensor_model_parallel_size": 1, "data_parallel_size": 2},
+        batch={"global_batch_size": 4},
+    )
+    return Run(tmp_path, path)
+
+
+@contextmanager
+def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path | None = None) -> Iterator[None]:
+    """Call act(context) in a rank (None: in all) as it begins to train on step `number`; with `once`, only until that
+    file is there. Ranks are forked from here, so what is replaced here is replaced there."""
+    import megadpo.train.loop as loop
+
+    original = loop.train_step
+
+    def step(state: Any, batches: Any, objective: Any, reference: Any, context: Any) -> Any:
+        if state.step + 1 == number and rank in (None, context.rank) and not (once and once.exists()):
+            if once:
+                once.touch()
+            act(context)
+        return original(state, batches, objective, reference, context)
+
+    loop.train_step = step
+    try:
+        yield
+    finally:
+        loop.train_step = original
+
+
+few, many = pytest.param, partial(pytest.param, marks=pytest.mark.slow)
+
+
+def one_of(names: Iterable[str]) -> list[Any]:
+    """The first in `make test`, all in `make test-long` and `make soak`."""
+    first, *others = names
+    return [few(first), *(many(name) for name in others)]
+
+
+def steps_once(run: Run, last: int = STEPS) -> None:
+    assert [r["step"] for r in metrics(run.run_dir)] == list(range(1, last + 1))
+
+
+# ---- a rank dies: told with its rank, and with --max-restarts the run goes on
+
+
+DEATHS: dict[str, tuple[Callable[[Any], Any], int, str]] = {
+    "SIGKILL": (lambda context: os.kill(os.getpid(), signal.SIGKILL), 137, "rank 1 was killed by SIGKILL"),
+    "SIGSEGV": (lambda context: os.kill(os.getpid(), signal.SIGSEGV), 139, "rank 1 was killed by SIGSEGV"),
+    "SIGBUS": (lambda context: os.kill(os.getpid(), signal.SIGBUS), 135, "rank 1 was killed by SIGBUS"),
+    "SIGABRT": (lambda context: os.abort(), 134, "rank 1 was killed by SIGABRT"),
+    "exit": (lambda context: os._exit(7), 1, "rank 1 ended with exit code 7"),
+    "exception": (lambda context: 1 / 0, 1, "rank 1 failed with ZeroDivisionError"),
+    "out of memory": (lambda context: bytearray(1 << 60), 1, "rank 1 failed with MemoryError"),
+    "peer closes its sockets": (lambda context: os.closerange(3, 200), 1, r"rank \d"),
+}
+
+
+@pytest.mark.parametrize("death", one_of(DEATHS))
+def test_a_rank_dies_and_the_run_goes_on(run: Run, death: str, capfd: pytest.CaptureFixture[str]) -> None:
+    act, code, message = DEATHS[death]
+    with in_step(4, 1, act, once=run.folder / "happened"):
+        assert run.train("--max-restarts", "1") == 0
+    error = capfd.readouterr().err
+    assert re.search(rf"{message}.*restart 1 of 1, from step-00000002", error), error
+    steps_once(run)
+    assert code
+
+
+@pytest.mark.slow
+def test_restarts_end_where_there_is_no_progress(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """The same fault in the same place: started again once, of the five times that are allowed."""
+    with in_step(4, 0, lambda context: os._exit(7)):
+        assert run.train("--max-restarts", "5") == 1
+    error = capfd.readouterr().err
+    assert error.count("restart 1 of 5") == 1
+    assert "restart 2 of 5" not in error
+    assert "no checkpoint was saved since the restart before" in error
+
+
+# ---- a rank hangs
+
+
+def hold_python_s_lock(context: Any) -> None:
+    """A call into C that never lets go of it."""
+    import ctypes
+
+    ctypes.PyDLL(None).sleep(600)
+
+
+HANGS: dict[str, Callable[[Any], Any]] = {
+    "sleeps while the others are in a collective": lambda context: time.sleep(600),
+    "SIGSTOP": lambda context: os.kill(os.getpid(), signal.SIGSTOP),
+    "waits for a lock": lambda context: threading.Event().wait(),
+    "waits for data that never comes": lambda context: os.read(os.pipe()[0], 1),
+}
+
+
+@pytest.mark.parametrize("hang", one_of(HANGS))
+def test_a_hang_is_noticed_with_everyone_s_stack(
+    run: Run, hang: str, capfd: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
+) -> None:
+    """With a limit of 4 s, so that the test is short; the limit of the run file's default is tested by `make soak`."""
+    seconds: list[float] = []
+
+    def act(context: Any) -> None:
+        (run.folder / "began").write_text(str(time.monotonic()))
+        HANGS[hang](context)
+
+    limit = float(os.environ.get("MEGADPO_TEST_HANG_TIMEOUT", "4"))
+    with in_step(4, 1, act, once=run.folder / "happened"):
+        assert run.train(f"train.hang_timeout={limit}") == 75
+        seconds.append(time.monotonic() - float((run.folder / "began").read_text()))
+    error = capfd.readouterr().err
+    assert "made no progress" in error
+    assert error.count("\n") == 1
+    for rank in range(2):
+        log = (run.run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert "Current thread" in log or "Thread 0x" in log, f"rank {rank} left no stack"
+        assert "train_step" in log or "step" in log
+    record_property("seconds", seconds[0])
+    assert seconds[0] < limit + 10
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.slow
+def test_who_holds_python_s_lock_is_ended_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread of Python's can run then; faulthandler's timer can."""
+    monkeypatch.setattr("megadpo.parallel.watchdog.BEHIND", 1.0)
+    with in_step(4, 1, hold_python_s_lock, once=run.folder / "happened"):
+        assert run.train("train.hang_timeout=4") in (1, 75)
+    assert "hold_python_s_lock" in (run.run_dir / "logs" / "rank-1.log").read_text()
+    assert run.train() == 0
+    steps_once(run)
+
+
+# ---- asked to stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_asked_to_stop(run: Run, signum: signal.Signals) -> None:
+    def ask(context: Any) -> None:
+        os.kill(os.getppid(), signum)
+        time.sleep(0.3)
+
+    with in_step(3, 0, ask, once=run.folder / "happened"):
+        assert run.train() == 128 + signum
+    newest = checkpoint.latest(run.run_dir)
+    assert newest is not None
+    assert not checkpoint.damage(newest)
+    assert run.train() == 0
+    steps_once(run)
+
+
+# ---- numbers that are not finite
+
+
+@contextmanager
+def poisoned(groups: set[int], rank: int, value: float, where: str) -> Iterator[None]:
+    """Micro-batches with any of these groups give `value` on this rank: in the loss, in one gradient, or in the
+    reference's log-probabilities."""
+    import megadpo.train.nonfinite as nonfinite
+    import megadpo.train.step as step
+
+    original = step.objective_of
+
+    def objective_of(objective: Any) -> Any:
+        inner = original(objective)
+
+        def on_last_stage(batch: Any, sums_S: Any) -> Any:
+            if torch.distributed.get_rank() == rank and groups & set(batch.groups):
+                if where == "reference":
+                    batch.reference_S.fill_(value)
+                loss, count, totals = inner(batch, sums_S)
+                if where == "loss":
+                    loss, totals = loss * value, torch.cat([totals[:1] * value, totals[1:]])
+                if where == "gradient" and loss.requires_grad:
+                    loss.register_hook(lambda gradient: gradient * value)
+                return loss, count, totals
+            return inner(batch, sums_S)
+
+        return on_last_stage
+
+    step.objective_of = nonfinite.objective_of = objective_of
+    try:
+        yield
+    finally:
+        step.objective_of = nonfinite.objective_of = original
+
+
+def groups_of_step(run: Run, number: int) -> list[int]:
+    """The groups that step `number` trains on: the order is a function of seed and epoch."""
+    from megadpo.data.packing import take
+
+    return [int(group) for group in take(600, 4 * (number - 1), 4, 0, True)]
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        few("loss", float("nan")),
+        few("gradient", float("inf")),
+        many("loss", float("inf")),
+        many("reference", float("nan")),
+    ],
+)
+def test_stop_names_rank_and_groups(run: Run, where: str, value: float, capfd: pytest.CaptureFixture[str]) -> None:
+    bad = groups_of_step(run, 3)
+    with poisoned(set(bad), 1, value, where):
+        assert run.train() == 3
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(r"step 3: the (loss|gradient norm) is (nan|inf|-inf)", error), error
+    assert f"rank 1: the {where} of group" in error
+    assert "rank 0:" not in error
+    named = {int(number) for number in re.findall(r"(\d+) \(\S*stories_pairs_train\.jsonl:\d+\)", error)}
+    assert named
+    assert named <= set(bad)
+    newest = checkpoint.latest(run.run_dir)
+    assert newest is not None
+    assert newest.name == "step-00000002", "nothing was saved after it"
+    assert [r["step"] for r in metrics(run.run_dir)] == [1, 2]
+
+
+@pytest.mark.parametrize("policy", one_of(["rewind", "skip"]))
+def test_go_on_without_the_batch(run: Run, policy: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The weights are those of a run that never saw the batch's update, to the bit; and so after a kill."""
+    bad = set(groups_of_step(run, 4))
+    with poisoned(bad, 1, float("nan"), "loss"):
+        assert run.train(f"train.on_nonfinite={policy}") == 0
+        assert f"{policy}: this batch is left out" in capfd.readouterr().out
+        records = metrics(run.run_dir)
+        steps_once(run)
+        assert [r.get("skipped") for r in records] == [None] * 3 + [1] + [None] * 2
+        newest = checkpoint.latest(run.run_dir)
+        assert newest is not None
+        assert json.loads((newest / "state.json").read_text())["skipped"] == 1
+        assert json.loads((newest / "state.json").read_text())["consumed"] == 4 * STEPS, "it counts as used"
+        with in_step(6, 0, lambda context: os._exit(7), once=run.folder / "happened"):
+            other = f"run_dir={run.folder / 'other'}"
+            assert run.train(f"train.on_nonfinite={policy}", other, "--max-restarts=1") == 0
+        again = metrics(run.folder / "other")
+        assert [(r["step"], r.get("loss")) for r in again] == [(r["step"], r.get("loss")) for r in records]
+
+
+@pytest.mark.slow
+def test_left_out_batches_are_bounded(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    with poisoned(set(range(600)), 0, float("nan"), "loss"):
+        assert run.train("train.on_nonfinite=skip", "train.max_skipped=2") == 3
+    assert "2 batches were left out before" in capfd.readouterr().err
+    with poisoned(set(range(600)), 0, float("nan"), "loss"):
+        assert run.train("train.on_nonfinite=rewind", f"run_dir={run.folder / 'b'}") == 3
+    assert "no checkpoint yet to go back to" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_fault_that_does_not_come_again_is_the_machine_s(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    import megadpo.train.step as step
+
+    original = step.total
+
+    def total(results: Any, objective: Any, context: Any) -> Any:
+        sums = original(results, objective, context)
+        if (run.run_dir / "metrics.jsonl").exists() and len(metrics(run.run_dir)) == 2 and context.data_size == 1:
+            return step.Sums(float("nan"), sums.metrics, sums.groups, sums.tokens)
+        return sums
+
+    step.total = total
+    try:
+        assert run.train("parallel.data_parallel_size=1") == 3
+    finally:
+        step.total = original
+    assert "computed again it is finite: a fault of this machine is likely" in capfd.readouterr().err
+
+
+# ---- files
+
+
+def test_the_store_changes_under_the_run(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    def write(context: Any) -> None:
+        [store] = (run.folder / "cache").glob("*/groups.arrow")
+        with store.open("r+b") as file:
+            file.seek(100)
+            file.write(b"x")
+
+    with in_step(3, 0, write, once=run.folder / "happened"):
+        assert run.train() == 2
+    assert "groups.arrow: changed while the run was reading it" in capfd.readouterr().err
+    assert run.train() == 2, "and its checksum does not fit any more"
+    assert "groups.arrow: damaged: its SHA-256" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_half_a_line_of_metrics_and_a_lost_pointer(run: Run) -> None:
+    with in_step(4, 0, lambda context: os._exit(7), once=run.folder / "happened"):
+        assert run.train() == 1
+    with (run.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    (run.run_dir / "checkpoints" / "latest").unlink()
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run.train() == 0
+    before = metrics(run.run_dir)
+    newest = checkpoint.latest(run.run_dir)
+    assert newest is not None
+    shard = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    capfd.readouterr()
+    assert run.train() == 0
+    assert re.search(r"WARNING\s+\S+/step-00000006/\S+: damaged", capfd.readouterr().out)
+    assert [(r["step"], r["loss"]) for r in metrics(run.run_dir)] == [(r["step"], r["loss"]) for r in before]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is written, with what is needed; what was saved before goes on once there is room."""
+    import shutil
+
+    real = shutil.disk_usage
+    with monkeypatch.context() as patch:
+
+        def usage(path: Any) -> Any:
+            count = len(checkpoint.checkpoints(run.run_dir))
+            return real(path)._replace(free=1000) if count else real(path)
+
+        patch.setattr("megadpo.checkpoint.tensors.shutil.disk_usage", usage)
+        assert run.train() == 2
+    error = capfd.readouterr().err
+    assert re.search(r"the disk is full: the checkpoint takes 0\.\d+ GB and 0\.000 GB are free", error), error
+    assert [path.name for path in checkpoint.checkpoints(run.run_dir)] == ["step-00000002"]
+    assert not list((run.run_dir / "checkpoints").glob("*.partial"))
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.parametrize("mode", one_of(["true", "false"]))
+def test_a_disk_that_fails_while_it_is_written(run: Run, mode: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the background too: told by all ranks together at the next step."""
+    import resource
+
+    def limit(context: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    with in_step(4, 0, limit, once=run.folder / "happened"):
+        assert run.train(f"train.async_save={mode}") == 2
+    error = capfd.readouterr().err
+    assert "cannot be written by rank 0; the file would be larger than allowed" in error
+    assert [path.name for path in checkpoint.checkpoints(run.run_dir)] == ["step-00000002"]
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [-1e6, 1e6])
+def test_a_clock_that_jumps(run: Run, by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+
+    def jump(context: Any) -> None:
+        time.time = lambda: real() + by
+
+    with in_step(3, None, jump):
+        assert run.train() == 0
+    steps_once(run)
+    assert all(r["seconds"] > 0 for r in metrics(run.run_dir))
+
+
+@pytest.mark.slow
+def test_the_launcher_is_killed(run: Run) -> None:
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os._exit(run.train())
+    when_step(run.run_dir, 3, lambda: os.kill(child, signal.SIGKILL)).join()
+    os.waitpid(child, 0)
+    assert run.train() == 0
+    steps_once(run)
