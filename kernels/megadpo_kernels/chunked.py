@@ -61,14 +61,14 @@ class ChunkedLogprob(torch.autograd.Function):
             if spare >= 0:
                 ctx.kept.append(logits_MP)
             del logits_MP
-        logprob_N, normaliser_2N, entropy_N = call.ops.combine(gather_ranks(stats_KN, call.shard))
-        ctx.save_for_backward(hidden_ND, weight_VD, local_N, rows_N, normaliser_2N, entropy_N)
+        logprob_N, normaliser_3N, entropy_N = call.ops.combine(gather_ranks(stats_KN, call.shard))
+        ctx.save_for_backward(hidden_ND, weight_VD, local_N, rows_N, normaliser_3N, entropy_N)
         ctx.call, ctx.input_rows = call, len(hidden_TD)
         return logprob_N, entropy_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden_ND, weight_VD, local_N, rows_N, normaliser_2N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, local_N, rows_N, normaliser_3N, entropy_N = ctx.saved_tensors
         call: Call = ctx.call
         columns = call.shard.columns(len(weight_VD))
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -88,7 +88,7 @@ class ChunkedLogprob(torch.autograd.Function):
                 logits_MP,
                 columns,
                 local_N[rows],
-                normaliser_2N[:, rows],
+                normaliser_3N[:, rows],
                 upstream_KN[:, rows],
                 None if entropy_N is None else entropy_N[rows],
                 call.options,

@@ -32,14 +32,14 @@ def combine(stats_RKN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """`rows.combine`."""
     ranks, kinds, rows = stats_RKN.shape
     logprob_N = torch.empty(rows, dtype=torch.float32, device=stats_RKN.device)
-    normaliser_2N = logprob_N.new_empty(2, rows)
+    normaliser_3N = logprob_N.new_empty(3, rows)
     entropy_N = logprob_N.new_empty(rows) if kinds == 4 else None
     if rows:
         config = config_for("combine", stats_RKN.device, rows)
         combine_kernel[(-(-rows // config.block),)](
             stats_RKN.contiguous(),
             logprob_N,
-            normaliser_2N,
+            normaliser_3N,
             logprob_N if entropy_N is None else entropy_N,
             ranks,
             rows,
@@ -47,14 +47,14 @@ def combine(stats_RKN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             ENTROPY=kinds == 4,
             num_warps=config.warps,
         )
-    return logprob_N, normaliser_2N, entropy_N
+    return logprob_N, normaliser_3N, entropy_N
 
 
 def slope(
     logits_MP: Tensor,
     columns: int,
     targets_M: Tensor,
-    normaliser_2M: Tensor,
+    normaliser_3M: Tensor,
     upstream_KM: Tensor,
     entropy_M: Tensor | None,
     options: LogitOptions,
@@ -69,11 +69,11 @@ def slope(
         slope_MP,
         slope_MP.stride(0),
         targets_M,
-        normaliser_2M,
-        normaliser_2M.stride(0),
+        normaliser_3M,
+        normaliser_3M.stride(0),
         upstream_KM,
         upstream_KM.stride(0),
-        normaliser_2M if entropy_M is None else entropy_M,
+        normaliser_3M if entropy_M is None else entropy_M,
         columns,
         *_numbers(options),
         BLOCK=config.block,
