@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from megadpo_kernels import Backend
 from torch import Tensor
 
 
@@ -19,12 +20,14 @@ class Sequences:
     reference_S: float32 [S], the same under the reference; None for objectives that need none.
     tokens_S:    int64 [S], scored tokens of each response, the end-of-sequence token included.
     offsets_G1:  int64 [G + 1], where each group's responses start; chosen first, then rejected.
+    backend:     where it is triton, an objective that has a fused kernel uses it.
     """
 
     policy_S: Tensor
     reference_S: Tensor | None
     tokens_S: Tensor
     offsets_G1: Tensor
+    backend: Backend = "auto"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from megadpo_kernels.pairs import pair_loss
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -74,6 +75,10 @@ class DPO:
 
     def __call__(self, sequences: Sequences) -> Outcome:
         assert sequences.reference_S is not None
+        if sequences.backend == "triton":  # all of what follows in one launch
+            pairs = torch.tensor(len(sequences.tokens_S) // 2, dtype=torch.int, device=sequences.policy_S.device)
+            loss, metrics = pair_loss(sequences.policy_S, sequences.reference_S, self.beta, self.label_smoothing)
+            return Outcome(loss, pairs, metrics)
         policy_G2 = sequences.policy_S.view(-1, 2)
         reward_G2 = self.beta * (policy_G2 - sequences.reference_S.view(-1, 2))
         margin_G = reward_G2[:, 0] - reward_G2[:, 1]

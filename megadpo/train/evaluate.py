@@ -11,7 +11,7 @@ import torch
 from megadpo.data.stream import Stream
 from megadpo.objectives import Objective
 from megadpo.parallel.context import ParallelContext
-from megadpo.train.step import Sums, objective_of, run_schedule, total, with_reference
+from megadpo.train.step import Sums, kernels_of, objective_of, run_schedule, total, with_reference
 
 
 @torch.no_grad()
@@ -35,5 +35,6 @@ def evaluate(
         batches = stream.batches(groups, context.data_rank, column)
         if reference is not None:
             batches = with_reference(reference, batches, context)
-        results += run_schedule(chunks, batches, objective_of(objective), context, forward_only=True)
+        on_last_stage = objective_of(objective, kernels_of(chunks))
+        results += run_schedule(chunks, batches, on_last_stage, context, forward_only=True)
     return total(results, objective, context)

@@ -9,6 +9,7 @@ from typing import Any
 
 import megadpo_kernels
 import torch
+from megadpo_kernels import Backend
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -54,7 +55,8 @@ def train_step(
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    results = run_schedule(state.chunks, batches, objective_of(objective), context, forward_only=False)
+    on_last_stage = objective_of(objective, kernels_of(state.chunks))
+    results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False)
     sums = total(results, objective, context)
     if not math.isfinite(sums.loss):
         raise NumericsError(f"step {state.step + 1}: the loss is {sums.loss}; {_WHAT_TO_DO}")
@@ -88,8 +90,9 @@ def run_schedule(
         batch = next(iterator)
         output = chunk(batch)
         # Called by the schedule on the last stage only; earlier stages' output is hidden states.
-        return output, lambda logprob_N: on_last_stage(batch, response_sums(logprob_N, batch))
+        return output, lambda logprob_N: on_last_stage(batch, response_sums(logprob_N, batch, backend))
 
+    backend = kernels_of(chunks)
     moved = [batch.to(context.device) for batch in batches]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -102,16 +105,21 @@ def run_schedule(
     )
 
 
-def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
+def kernels_of(chunks: Sequence[Any]) -> Backend:
+    """Which code runs the kernels of these model chunks (model.logprob_backend), wrapped by data parallelism or not."""
+    return getattr(chunks[0], "module", chunks[0]).logprob_backend
+
+
+def response_sums(logprob_N: Tensor, batch: PackedBatch, backend: Backend = "auto") -> Tensor:
     """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream."""
-    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
+    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S, backend)
 
 
-def objective_of(objective: Objective) -> OnLastStage:
+def objective_of(objective: Objective, backend: Backend) -> OnLastStage:
     """For the schedule: (loss sum, count, this micro-batch's totals float64 [4 + metrics])."""
 
     def on_last_stage(batch: PackedBatch, sums_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outcome = objective(Sequences(sums_S, batch.reference_S, batch.tokens_S, batch.offsets_G1))
+        outcome = objective(Sequences(sums_S, batch.reference_S, batch.tokens_S, batch.offsets_G1, backend))
         loss = outcome.loss.detach()
         groups = torch.full_like(loss, len(batch.groups))
         totals = torch.stack([loss, outcome.count, groups, batch.tokens_S.sum()]).double()
