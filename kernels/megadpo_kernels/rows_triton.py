@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from megadpo_kernels.configs import config_for
+from megadpo_kernels.rows import Extra
 from megadpo_kernels.shard import LogitOptions
 from megadpo_kernels.triton_kernels import combine_kernel, row_stats_kernel, segment_sums_kernel, slope_kernel
 
+KINDS = {None: 0, "entropy": 1, "collision": 2}
+"""How the kernels call `rows.Extra`."""
 
-def row_stats(stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tensor, options: LogitOptions) -> None:
+
+def row_stats(
+    stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tensor, options: LogitOptions, extra: Extra = None
+) -> None:
     """`rows.row_stats`."""
     config = config_for("row_stats", logits_MP.device, columns)
     row_stats_kernel[(len(logits_MP),)](
@@ -23,31 +29,31 @@ def row_stats(stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tens
         *_numbers(options),
         BLOCK=config.block,
         CAPPED=options.soft_cap is not None,
-        ENTROPY=len(stats_KM) == 4,
+        EXTRA=KINDS[extra],
         num_warps=config.warps,
     )
 
 
-def combine(stats_RKN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def combine(stats_RKN: Tensor, extra: Extra = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`rows.combine`."""
-    ranks, kinds, rows = stats_RKN.shape
+    ranks, _, rows = stats_RKN.shape
     logprob_N = torch.empty(rows, dtype=torch.float32, device=stats_RKN.device)
     normaliser_3N = logprob_N.new_empty(3, rows)
-    entropy_N = logprob_N.new_empty(rows) if kinds == 4 else None
+    extra_N = logprob_N.new_empty(rows) if extra else None
     if rows:
         config = config_for("combine", stats_RKN.device, rows)
         combine_kernel[(-(-rows // config.block),)](
             stats_RKN.contiguous(),
             logprob_N,
             normaliser_3N,
-            logprob_N if entropy_N is None else entropy_N,
+            logprob_N if extra_N is None else extra_N,
             ranks,
             rows,
             BLOCK=config.block,
-            ENTROPY=kinds == 4,
+            EXTRA=KINDS[extra],
             num_warps=config.warps,
         )
-    return logprob_N, normaliser_3N, entropy_N
+    return logprob_N, normaliser_3N, extra_N
 
 
 def slope(

@@ -130,6 +130,7 @@ def test_bfloat16_stays_near(base: Case, single: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # Triton's interpreter
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_every_grid_with_every_back_end(base: Case, single: dict[str, Any], backend: Backend) -> None:
     """All of the above with the head's other back ends (tests/kernels/test_engine.py has a slice of it)."""
