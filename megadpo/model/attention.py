@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from megadpo_kernels import Backend as KernelBackend
+from megadpo_kernels.prefix import Copies, duplicate
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -36,8 +38,8 @@ PADDING_PIECE = 64
 class Varlen:
     """A stream as the one-call kernels want it. Lengths of the longest segment are host integers: no read-back."""
 
-    keys_K: Tensor
-    """int64, the row of the stream that each gathered key and value comes from."""
+    copies: Copies
+    """The row of the stream that each gathered key and value comes from."""
     cu_queries: Tensor
     """int32 [segments + 1], where each segment's queries start; the last is T."""
     cu_keys: Tensor
@@ -98,7 +100,7 @@ def varlen_layout(segments: tuple[Segment, ...], length: int, device: torch.devi
         return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device, non_blocking=True)
 
     return Varlen(
-        keys_K=torch.from_numpy(np.concatenate(rows)).to(device, non_blocking=True),
+        copies=Copies.of(torch.from_numpy(np.concatenate(rows)), length).to(device),
         cu_queries=ends(queries),
         cu_keys=ends(keys),
         longest_query=max(queries),
@@ -116,12 +118,13 @@ class SegmentAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         backend: Backend = "sdpa",
+        kernels: KernelBackend = "auto",
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        self.backend = backend
+        self.backend, self.kernels = backend, kernels
         self.softmax_scale = softmax_scale
         if backend == "te":
             self.te = _transformer_engine(config, layer_number, softmax_scale)
@@ -144,7 +147,7 @@ class SegmentAttention(MegatronModule):
             layout = packed_seq_params.varlen
             assert layout is not None
             kernel = self._te if self.backend == "te" else self._varlen
-            k, v = (x[:, 0].index_select(0, layout.keys_K) for x in (key, value))
+            k, v = (duplicate(x[:, 0], layout.copies, self.kernels) for x in (key, value))
             output = kernel(query[:, 0], k, v, layout)
         return output.reshape(query.shape[0], 1, -1)
 

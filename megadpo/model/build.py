@@ -129,7 +129,11 @@ def with_bias(layer: type) -> type:
 
 
 def block_spec(
-    config: TransformerConfig, shape: ModelShape, stage: int | None, attention_backend: Backend
+    config: TransformerConfig,
+    shape: ModelShape,
+    stage: int | None,
+    attention_backend: Backend,
+    kernels: LogprobBackend = "auto",
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     if mcore_fixes.have_te():
@@ -141,7 +145,7 @@ def block_spec(
         layer.submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
         final_norm = SequenceParallelRMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = ModuleSpec(SegmentAttention, params={"backend": attention_backend})
+    attention.core_attention = ModuleSpec(SegmentAttention, params={"backend": attention_backend, "kernels": kernels})
     if shape.proj_bias:
         attention.linear_proj = with_bias(attention.linear_proj)
     if shape.mlp_bias:
@@ -187,7 +191,7 @@ def build_chunks(
     for stage, first, last in context.stages():
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend),
+            block_spec(config, shape, stage, backend, logprob_backend),
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,

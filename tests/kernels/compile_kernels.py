@@ -68,12 +68,11 @@ def variants() -> Iterator[Variant]:
             for extra in (0, 1, 2):
                 types = pointers("stats logprobs normaliser extras", "fp32") | {"ranks": "i32", "rows": "i32"}
                 yield Variant("combine_kernel", types, {"BLOCK": row.block, "EXTRA": extra}, row.warps, ())
-        elif row.kernel == "prefix":
-            types = pointers("keys values new_keys new_values", "bf16") | pointers("cos sin", "fp32")
-            types |= pointers("rows places starts", "i64") | {"pairs": "i32"}
-            aligned = ("keys", "values", "new_keys", "new_values", "cos", "sin")
-            for name in ("duplicate_kernel", "add_copies_kernel"):
-                yield Variant(name, types, {"BLOCK": row.block, "HALF": 64}, row.warps, aligned)
+        elif row.kernel == "add_copies":
+            for kind in ("bf16", "fp16"):
+                types = pointers("gradients sums", kind) | pointers("places starts", "i64") | {"size": "i32"}
+                aligned = ("gradients", "sums", "size")
+                yield Variant("add_copies_kernel", types, {"BLOCK": row.block}, row.warps, aligned)
         elif row.kernel == "pair_loss":
             types = pointers("policy reference sums slopes", "fp32")
             types |= {"pairs": "i32", "beta": "fp32", "smoothing": "fp32"}

@@ -68,6 +68,17 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(built: list[dict[str, Any]
             assert stores == {"STG.E.128": per_thread * width // 16}, name_of(kernel)
 
 
+def test_copies_are_read_and_written_16_bytes_at_a_time(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        if kernel["name"] == "add_copies_kernel":
+            loads = {
+                op for op in kernel["opcodes"] if op.startswith("LDG") and "64" not in op
+            }  # 64: its place, a scalar
+            stores = {op for op in kernel["opcodes"] if op.startswith("STG")}
+            assert loads == {"LDG.E.128"}, name_of(kernel)
+            assert stores == {"STG.E.128"}, name_of(kernel)
+
+
 def test_slopes_are_rounded_to_nearest_and_wait_for_the_loads(built: list[dict[str, Any]]) -> None:
     for kernel in built:
         if kernel["name"] == "slope_kernel":

@@ -9,11 +9,13 @@ import pytest
 import torch
 from distributed import run_ranks
 from megadpo_kernels import main_grad
+from model.test_attention import gathered
 from tiny import random_groups, write_llama
 from train.engine import Case, assemble, run, worst
 
 from megadpo.data.packing import Budget
 from megadpo.errors import MachineError
+from megadpo.model import attention, build
 
 VOCAB = 67
 NOISE = 1e-5
@@ -114,6 +116,26 @@ def same_update(case: Case, got: list[dict[str, Any]], want: list[dict[str, Any]
 
     difference, name = worst(before(got), before(want))
     assert difference < 2e-7, f"weights less Adam's step: {name} differs by {difference:.1e}"
+
+
+def run_varlen(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
+    """Attention as on a GPU: keys and values gathered once for the stream, then one call. The call itself is written
+    out in torch; the gather and its backward pass are the ones that the GPU runs."""
+
+    def one_call(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: attention.Varlen) -> torch.Tensor:
+        return gathered(q, k, v, layout)
+
+    build.choose_backend = lambda *_: "varlen"  # this rank's process ends with the test
+    attention.SegmentAttention._varlen = one_call
+    return run(device, cases)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_gathered_prompts_train_alike(base: Case, backend: Any) -> None:
+    """Against attention that reads the prompt where it stands: the copies' gradients all reach it."""
+    case = replace(base, steps=1, logprob_backend=backend)
+    [[want]], [[got]] = run_ranks(1, run, [replace(case, logprob_backend="chunked")]), run_ranks(1, run_varlen, [case])
+    compare([got], [want], "gradients")
 
 
 def refused(device: torch.device, case: Case) -> str:

@@ -80,6 +80,16 @@ def split(device: torch.device, cases: list[Split]) -> list[dict[str, Any]]:
                     )
                 with counted() as backward:
                     (logprob + 2 * entropy).backward(whole.upstream_N)
+                if sequence and backend != "reference":
+                    again_x, again_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+                    again, spread = linear_logprob_entropy(
+                        again_x, again_w, whole.targets_N, shard, rows_N=scored, options=OPTIONS, backend=backend,
+                        chunk=8, cache_bytes=0,
+                    )  # fmt: skip
+                    (again + 2 * spread).backward(whole.upstream_N)
+                    assert torch.equal(again, logprob), "a second run, with logits computed again, has other bits"
+                    assert torch.equal(again_x.grad, x.grad)
+                    assert torch.equal(again_w.grad, w.grad)
                 results.append(
                     {
                         "what": (case, sequence, backend),

@@ -3,25 +3,39 @@
 import numpy as np
 import pytest
 import torch
+from megadpo_kernels.prefix import duplicate
 from tiny import random_groups
 
 from megadpo.data.batch import pack
-from megadpo.model.attention import PADDING_PIECE, StreamParams, choose_backend, sdpa, stream_params, varlen_layout
+from megadpo.model.attention import (
+    PADDING_PIECE,
+    StreamParams,
+    Varlen,
+    choose_backend,
+    sdpa,
+    stream_params,
+    varlen_layout,
+)
 
 
-def one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: StreamParams) -> torch.Tensor:
-    """What a variable-length kernel with bottom-right causal alignment computes, written out in float64."""
-    layout = params.varlen
-    k, v = (x[:, 0].index_select(0, layout.keys_K).repeat_interleave(q.shape[2] // x.shape[2], 1) for x in (k, v))
-    out = torch.zeros_like(q[:, 0])
+def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Varlen) -> torch.Tensor:
+    """What a variable-length kernel with bottom-right causal alignment computes: [T, heads, W] and twice [K, groups, W]
+    -> [T, heads, W]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    parts = []
     bounds = zip(layout.cu_queries.tolist(), layout.cu_keys.tolist(), strict=True)
     (q0, k0), *rest = bounds
     for q1, k1 in rest:
-        scores = torch.einsum("qhw,khw->hqk", q[q0:q1, 0], k[k0:k1]) / q.shape[-1] ** 0.5
+        scores = torch.einsum("qhw,khw->hqk", q[q0:q1], k[k0:k1]) / q.shape[-1] ** 0.5
         mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
-        out[q0:q1] = torch.einsum("hqk,khw->qhw", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[k0:k1])
+        parts.append(torch.einsum("hqk,khw->qhw", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[k0:k1]))
         q0, k0 = q1, k1
-    return out[:, None]
+    return torch.cat(parts)
+
+
+def one_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: StreamParams) -> torch.Tensor:
+    k, v = (duplicate(x[:, 0], params.varlen.copies) for x in (k, v))
+    return gathered(q[:, 0], k, v, params.varlen)[:, None]
 
 
 @pytest.mark.parametrize("responses", [1, 2, 4])
@@ -49,7 +63,7 @@ def test_padding_is_cut_small_and_covers_the_stream() -> None:
     assert layout.longest_query == PADDING_PIECE
     sizes = np.diff(layout.cu_queries.numpy())
     assert (sizes > 0).all()
-    assert (layout.keys_K.numpy() < 1000).all()
+    assert (layout.copies.rows_K.numpy() < 1000).all()
 
 
 def test_an_empty_micro_batch_reaches_every_input() -> None:
