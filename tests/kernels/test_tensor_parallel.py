@@ -80,7 +80,7 @@ def split(device: torch.device, cases: list[Split]) -> list[dict[str, Any]]:
                     )
                 with counted() as backward:
                     (logprob + 2 * entropy).backward(whole.upstream_N)
-                if sequence and backend != "reference":
+                if sequence and backend != "reference" and case == CASES[1]:
                     again_x, again_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
                     again, spread = linear_logprob_entropy(
                         again_x, again_w, whole.targets_N, shard, rows_N=scored, options=OPTIONS, backend=backend,
