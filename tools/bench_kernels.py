@@ -21,11 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megadpo_kernels import VocabShard, gemm, linear_logprob, triton_problem
+from megadpo_kernels import Backend, VocabShard, gemm, linear_logprob, response_sums, triton_problem
+from torch.nn.functional import logsigmoid
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 Logprob = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PAIRS = 4
+"""Preference pairs that the rows make where a loss is computed."""
+LIMIT = "1.12 / 1.08"
+"""Goals, forward and both, of the bare products, from 4096 rows and a hidden size of 4096 on."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 def measure(name: str, given: Inputs, logprob_of: Logprob, repeats: int) -> Row:
-    """One implementation: (hidden, weight) -> per-token log-probability, or its sum."""
+    """One implementation: (hidden, weight) -> per-token log-probability, or a scalar made of it."""
     device = given.hidden.device
 
     def forward() -> torch.Tensor:
@@ -167,7 +172,8 @@ def implementations(given: Inputs) -> list[tuple[str, Logprob | str]]:
     shard, targets = VocabShard(0, len(given.weight), None), given.targets
     device = given.hidden.device
     found: list[tuple[str, Logprob | str]] = []
-    for backend in ("triton", "chunked", "reference"):
+    backends: tuple[Backend, ...] = ("triton", "chunked", "reference")
+    for backend in backends:
         problem = triton_problem(device) if backend == "triton" else None
         for kept, size in (("kept", 2**40), ("twice", 0), ("default", None)):
             if backend == "reference" and kept != "default":
@@ -177,11 +183,34 @@ def implementations(given: Inputs) -> list[tuple[str, Logprob | str]]:
                 return linear_logprob(x, w, targets, shard, backend=b, cache_bytes=s)
 
             found.append((f"megadpo {backend}, logits {kept}", problem or ours))
+        found.append((f"megadpo {backend}, DPO loss", problem or _dpo(shard, targets, backend)))
     found.append(("unfused torch", lambda x, w: (x @ w.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]))
     found.append(("torch linear_cross_entropy (sum)", _torch_fused(targets)))
     found.append(("Apple CCE", _cce(targets)))
     found.append(("Liger fused linear cross-entropy (sum)", _liger(targets)))
+    found.append(("Liger fused linear DPO loss", _liger_dpo(targets)))
     return found
+
+
+def _dpo(shard: VocabShard, targets: torch.Tensor, backend: Backend) -> Logprob:
+    """Log-probabilities, sums of 2 PAIRS responses of the same length, loss; reference log-probabilities are 0."""
+    lengths = torch.full((2 * PAIRS,), len(targets) // (2 * PAIRS), device=targets.device)
+
+    def loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        sums = response_sums(linear_logprob(x, w, targets, shard, backend=backend), lengths, backend)
+        return -logsigmoid(0.1 * (sums[:PAIRS] - sums[PAIRS:])).mean()
+
+    return loss
+
+
+def _liger_dpo(targets: torch.Tensor) -> Logprob | str:
+    """The same loss: its batch has all chosen responses first, then the rejected ones."""
+    try:
+        module = importlib.import_module("liger_kernel.chunked_loss")
+    except ImportError:
+        return "not installed"
+    loss = module.LigerFusedLinearDPOLoss(beta=0.1, use_ref_model=False)
+    return lambda x, w: loss(w, x.view(2 * PAIRS, -1, x.shape[1]), targets.view(2 * PAIRS, -1))[0]
 
 
 def _torch_fused(targets: torch.Tensor) -> Logprob | str:
@@ -212,8 +241,7 @@ def table(shape: Shape, dtype: torch.dtype, rows: list[Row]) -> str:
     flops = 2 * shape.rows * shape.hidden * shape.vocab
     logits = shape.rows * shape.vocab * 4 / 2**20
     kind = str(dtype).removeprefix("torch.")
-    bare = {row.name: row for row in rows if row.name.startswith("bare")}
-    floor = min((row.both_ms for row in bare.values() if row.both_ms), default=None)
+    kept, twice = (row for row in rows if row.name.startswith("bare"))
 
     def cell(value: float | None, digits: int = 1) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -223,15 +251,20 @@ def table(shape: Shape, dtype: torch.dtype, rows: list[Row]) -> str:
         "",
         f"One product is {flops / 1e12:.3g} TFLOP; float32 logits of all rows are {logits:.0f} MiB.",
         "",
-        "| | forward ms | both ms | of the bare products | TFLOP/s (6NDV) | peak MiB | |",
-        "|---|---|---|---|---|---|---|",
+        "| | forward ms | both ms | forward / bare | both / bare | limit | TFLOP/s (6NDV) | peak MiB | |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = row.both_ms / floor if row.both_ms and floor else None
+        floor = twice if "logits twice" in row.name else kept
+        forward, both = (
+            mine / least if mine and least else None
+            for mine, least in ((row.forward_ms, floor.forward_ms), (row.both_ms, floor.both_ms))
+        )
+        goal = LIMIT if row.name.startswith("megadpo") and min(shape.rows, shape.hidden) >= 4096 else "-"
         speed = 3 * flops / row.both_ms / 1e9 if row.both_ms else None
         lines.append(
-            f"| {row.name} | {cell(row.forward_ms)} | {cell(row.both_ms)} | {cell(ratio, 2)} | {cell(speed, 2)} "
-            f"| {cell(row.mebibytes, 0)} | {row.note} |"
+            f"| {row.name} | {cell(row.forward_ms)} | {cell(row.both_ms)} | {cell(forward, 2)} | {cell(both, 2)} "
+            f"| {goal} | {cell(speed, 2)} | {cell(row.mebibytes, 0)} | {row.note} |"
         )
     return "\n".join(lines) + "\n"
 

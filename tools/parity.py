@@ -2,6 +2,7 @@
 
     python tools/parity.py --model HF_DIR --data pairs.jsonl --steps 20 --tp 2 --pp 2
     python tools/parity.py --model HF_DIR --data pairs.jsonl --grids
+    TRITON_INTERPRET=1 python tools/parity.py --model HF_DIR --data pairs.jsonl --tp 2 --logprob-backend triton
 
 Both sides start from the same weights and train on the same token ids, which megadpo's tokeniser makes:
 AdamW, constant learning rate, no warm-up, no weight decay, clipping at 1, file order. Printed are, per step,
@@ -32,6 +33,7 @@ from typing import Any
 
 import yaml
 from compare_steps import Comparison, Limits, Record, compare, step_table, summary_table
+from megadpo_kernels import BACKENDS
 from rich.console import Console
 
 from megadpo.config import DataConfig
@@ -58,6 +60,8 @@ class Task:
     beta: float
     reference: str
     """megadpo's reference.mode; TRL's is resident."""
+    logprob_backend: str = "auto"
+    """megadpo's model.logprob_backend."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def run_file(task: Task, grid: Grid, folder: Path) -> dict[str, Any]:
     reference log-probabilities of another."""
     return {
         "run_dir": str(folder / "run"),
-        "model": {"path": str(task.model), "dtype": "float32"},
+        "model": {"path": str(task.model), "dtype": "float32", "logprob_backend": task.logprob_backend},
         "data": {"train": [str(task.data)], "cache_dir": str(folder / "cache")},
         "objective": {"loss_type": "sigmoid", "beta": task.beta},
         "reference": {"mode": task.reference},
@@ -206,6 +210,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--reference", choices=("resident", "precomputed"), default="precomputed")
+    parser.add_argument("--logprob-backend", choices=BACKENDS, default="auto", help="which code runs the head")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
@@ -231,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         learning_rate=args.lr,
         beta=args.beta,
         reference=args.reference,
+        logprob_backend=args.logprob_backend,
     )
     rewards = args.beta * args.limit_logps if args.limit_rewards is None else args.limit_rewards
     limits = Limits(args.limit_loss, args.limit_logps, rewards, args.limit_grad_norm)

@@ -1,7 +1,8 @@
 """Kernels of megadpo: torch, and Triton where it is wanted; usable without the trainer."""
 
 from megadpo_kernels.backends import BACKENDS, Backend, triton_problem
-from megadpo_kernels.logprob import linear_logprob, linear_logprob_entropy
+from megadpo_kernels.kl import linear_kl
+from megadpo_kernels.logprob import linear_logprob, linear_logprob_collision, linear_logprob_entropy
 from megadpo_kernels.shard import LogitOptions, VocabShard
 from megadpo_kernels.sums import response_sums
 
@@ -10,7 +11,9 @@ __all__ = [
     "Backend",
     "LogitOptions",
     "VocabShard",
+    "linear_kl",
     "linear_logprob",
+    "linear_logprob_collision",
     "linear_logprob_entropy",
     "response_sums",
     "triton_problem",

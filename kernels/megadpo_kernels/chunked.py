@@ -7,7 +7,7 @@ products. The sum of the input gradient over ranks runs while the last chunk's w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from megadpo_kernels import gemm
 from megadpo_kernels.collectives import gather_hidden, gather_ranks, start_sum
 from megadpo_kernels.main_grad import WeightGradient
-from megadpo_kernels.rows import LOWEST, RowOps
+from megadpo_kernels.rows import LOWEST, Extra, RowOps
 from megadpo_kernels.shard import LogitOptions, VocabShard
 
 ALIGNMENT = 16
@@ -35,93 +35,122 @@ class Call:
     """Rows whose logits exist at the same time."""
     cache_bytes: int
     """Logits kept for the backward pass; 0 where there will be none."""
-    entropy: bool
+    extra: Extra
 
 
 class ChunkedLogprob(torch.autograd.Function):
-    """(hidden_TD, weight_VD, targets_N, rows_N or None, Call) -> (logprob_N, entropy_N or None)."""
+    """(hidden_TD, weight_VD, targets_N, rows_N or None, Call) -> (logprob_N, entropy_N, collision_N or None)."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, rows_N: Tensor | None, call: Call
     ) -> tuple[Tensor, Tensor | None]:
-        hidden_ND = gather_hidden(hidden_TD, call.shard)
-        if rows_N is not None:
-            hidden_ND = hidden_ND.index_select(0, rows_N)
+        hidden_ND = scored_rows(hidden_TD, rows_N, call.shard)
         local_N = targets_N - call.shard.start
         columns = call.shard.columns(len(weight_VD))
-        stats_KN = _no_column(4 if call.entropy else 3, hidden_ND)
+        stats_KN = no_column([LOWEST, 0.0, -torch.inf, 0.0][: 4 if call.extra else 3], hidden_ND)
         ctx.kept = []
         spare = call.cache_bytes
-        for rows in _chunks(len(hidden_ND), call.chunk) if columns else ():
-            logits_MP = _logits(hidden_ND[rows], weight_VD[:columns])
+        for rows in chunks(len(hidden_ND), call.chunk) if columns else ():
+            logits_MP = logits(hidden_ND[rows], weight_VD[:columns])
             part = stats_KN[:, rows]
-            call.ops.row_stats(part, logits_MP, columns, local_N[rows], call.options)
+            call.ops.row_stats(part, logits_MP, columns, local_N[rows], call.options, call.extra)
             spare -= logits_MP.nbytes
             if spare >= 0:
                 ctx.kept.append(logits_MP)
             del logits_MP
-        logprob_N, normaliser_2N, entropy_N = call.ops.combine(gather_ranks(stats_KN, call.shard))
-        ctx.save_for_backward(hidden_ND, weight_VD, local_N, rows_N, normaliser_2N, entropy_N)
+        logprob_N, normaliser_3N, extra_N = call.ops.combine(gather_ranks(stats_KN, call.shard), call.extra)
+        entropy_N = None
+        if call.extra == "entropy":
+            entropy_N = extra_N
+        elif extra_N is not None:
+            ctx.mark_non_differentiable(extra_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, local_N, rows_N, normaliser_3N, entropy_N)
         ctx.call, ctx.input_rows = call, len(hidden_TD)
-        return logprob_N, entropy_N
+        return logprob_N, extra_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden_ND, weight_VD, local_N, rows_N, normaliser_2N, entropy_N = ctx.saved_tensors
+        hidden_ND, weight_VD, local_N, rows_N, normaliser_3N, entropy_N = ctx.saved_tensors
         call: Call = ctx.call
         columns = call.shard.columns(len(weight_VD))
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        upstream_KN = torch.stack([g for g in grads if g is not None])
-        split = call.shard.ranks if call.shard.sequence_parallel else 1
-        # zeros: rows that predict nothing get no gradient; nor does any where this rank has no real column
-        grad_TD = hidden_ND.new_zeros(ctx.input_rows * split, hidden_ND.shape[1])
-        weight_gradient = WeightGradient.of(weight_VD) if needs_weight else None
+        upstream_KN = torch.stack([g for g in grads[: 1 if entropy_N is None else 2] if g is not None])
         # taken away: the gradient overwrites the logits, and a second backward pass has to compute them again
         kept, ctx.kept = ctx.kept, []
         kept.reverse()
-        finish = None
-        chunks = list(_chunks(len(hidden_ND), call.chunk)) if columns else []
-        for rows in chunks:
-            logits_MP = kept.pop() if kept else _logits(hidden_ND[rows], weight_VD[:columns])
-            slope_MV = call.ops.slope(
-                logits_MP,
+
+        def slope(rows: slice) -> Tensor:
+            return call.ops.slope(
+                kept.pop() if kept else logits(hidden_ND[rows], weight_VD[:columns]),
                 columns,
                 local_N[rows],
-                normaliser_2N[:, rows],
+                normaliser_3N[:, rows],
                 upstream_KN[:, rows],
                 None if entropy_N is None else entropy_N[rows],
                 call.options,
                 hidden_ND.dtype,
             )
-            del logits_MP
-            if needs_hidden:
-                part_MD = gemm.hidden_gradient(slope_MV, weight_VD[:columns])
+
+        into = Products(hidden_ND, weight_VD, rows_N, call.shard, call.chunk, ctx.input_rows)
+        return *into.gradients(slope, *ctx.needs_input_grad[:2]), None, None, None
+
+
+@dataclass(frozen=True)
+class Products:
+    """The backward pass after the gradient of the logits: that of hidden and of the weight, chunk by chunk."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    rows_N: Tensor | None
+    shard: VocabShard
+    chunk: int
+    input_rows: int
+    """Rows of hidden that this rank was given."""
+
+    def gradients(
+        self, slope: Callable[[slice], Tensor], needs_hidden: bool, needs_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """slope: scored rows -> gradient of their logits [M, columns], called once for each chunk, in order."""
+        hidden_ND, rows_N, columns = self.hidden_ND, self.rows_N, self.shard.columns(len(self.weight_VD))
+        split = self.shard.ranks if self.shard.sequence_parallel else 1
+        # zeros: rows that predict nothing get no gradient; nor does any where this rank has no real column
+        grad_TD = hidden_ND.new_zeros(self.input_rows * split, hidden_ND.shape[1]) if needs_hidden else None
+        weight_gradient = WeightGradient.of(self.weight_VD) if needs_weight else None
+        finish = None
+        parts = list(chunks(len(hidden_ND), self.chunk)) if columns else []
+        for rows in parts:
+            slope_MV = slope(rows)
+            if grad_TD is not None:
+                part_MD = gemm.hidden_gradient(slope_MV, self.weight_VD[:columns])
                 _add_rows(grad_TD, rows if rows_N is None else rows_N[rows], part_MD)
-                if rows is chunks[-1]:
-                    finish = start_sum(grad_TD, call.shard)
+                if rows is parts[-1]:
+                    finish = start_sum(grad_TD, self.shard)
             if weight_gradient is not None:
                 gemm.add_weight_gradient(weight_gradient.total_VD[:columns], slope_MV, hidden_ND[rows])
-        grad_weight = None if weight_gradient is None else weight_gradient.result()
-        if not needs_hidden:
-            return None, grad_weight, None, None, None
-        if finish is None:
+            del slope_MV  # before the next chunk's
+        if grad_TD is not None and finish is None:
             # no chunk here: there are no rows at all, or other ranks have the real columns and wait for this one
-            finish = start_sum(grad_TD, call.shard)
-        return finish(), grad_weight, None, None, None
+            finish = start_sum(grad_TD, self.shard)
+        grad_weight = None if weight_gradient is None else weight_gradient.result()
+        return None if finish is None else finish(), grad_weight
 
 
-def _chunks(rows: int, size: int) -> Iterator[slice]:
+def scored_rows(hidden_TD: Tensor, rows_N: Tensor | None, shard: VocabShard) -> Tensor:
+    """[N, D]: the scored rows of the whole stream, on every rank."""
+    hidden_TD = gather_hidden(hidden_TD, shard)
+    return hidden_TD if rows_N is None else hidden_TD.index_select(0, rows_N)
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
     return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
 
 
-def _no_column(kinds: int, hidden_ND: Tensor) -> Tensor:
+def no_column(values: list[float], hidden_ND: Tensor) -> Tensor:
     """float32 [kinds, N]: the statistics of a rank without a single real column."""
-    values = torch.tensor([LOWEST, 0.0, -torch.inf, 0.0][:kinds])[:, None]
-    return values.to(hidden_ND.device, non_blocking=True).repeat(1, len(hidden_ND))
+    return torch.tensor(values)[:, None].to(hidden_ND.device, non_blocking=True).repeat(1, len(hidden_ND))
 
 
-def _logits(hidden_MD: Tensor, weight_VD: Tensor) -> Tensor:
+def logits(hidden_MD: Tensor, weight_VD: Tensor) -> Tensor:
     """float32 [M, P]: logits, then memory that nobody reads."""
     columns = len(weight_VD)
     padded = -(-columns // ALIGNMENT) * ALIGNMENT

@@ -12,7 +12,7 @@ from torch import Tensor
 from megadpo_kernels import reference, rows
 from megadpo_kernels.backends import Backend, uses_triton
 from megadpo_kernels.chunked import Call, ChunkedLogprob
-from megadpo_kernels.rows import RowOps
+from megadpo_kernels.rows import Extra, RowOps
 from megadpo_kernels.shard import PLAIN, LogitOptions, VocabShard
 
 
@@ -46,9 +46,7 @@ def linear_logprob(
     computed again; the same bits either way. Where None, `limits` says how many. Raises ValueError for shapes, dtypes
     or a back end that cannot work.
     """
-    logprob_N, _ = _run(
-        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), entropy=False
-    )
+    logprob_N, _ = _run(hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), None)
     return logprob_N
 
 
@@ -66,10 +64,32 @@ def linear_logprob_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_logprob` and the entropy of the same distributions in nats, float32 [N] each, both with gradients."""
     logprob_N, entropy_N = _run(
-        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), entropy=True
+        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), "entropy"
     )
     assert entropy_N is not None
     return logprob_N, entropy_N
+
+
+def linear_logprob_collision(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    shard: VocabShard,
+    *,
+    rows_N: Tensor | None = None,
+    options: LogitOptions = PLAIN,
+    backend: Backend = "auto",
+    chunk: int | None = None,
+    cache_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` and sum of p^2 over the vocabulary (the probability that two draws are equal), float32 [N] each;
+    the second without a gradient. Its logarithm is the correction in WPO's weight (Zhou et al. 2024, arXiv 2406.11827).
+    """
+    logprob_N, collision_N = _run(
+        hidden_TD, weight_VD, targets_N, shard, rows_N, options, backend, (chunk, cache_bytes), "collision"
+    )
+    assert collision_N is not None
+    return logprob_N, collision_N
 
 
 def limits(columns: int, device: torch.device) -> tuple[int, int]:
@@ -92,12 +112,11 @@ def _run(
     options: LogitOptions,
     backend: Backend,
     limit: tuple[int | None, int | None],
-    *,
-    entropy: bool,
+    extra: Extra,
 ) -> tuple[Tensor, Tensor | None]:
-    _check(hidden_TD, weight_VD, targets_N, shard, rows_N)
+    check(hidden_TD, weight_VD, targets_N, shard, rows_N)
     if backend == "reference":
-        return reference.linear_logprob(hidden_TD, weight_VD, targets_N, rows_N, shard, options)
+        return reference.linear_logprob(hidden_TD, weight_VD, targets_N, rows_N, shard, options, extra)
     columns = shard.columns(len(weight_VD))
     chunk, cache_bytes = (
         given if given is not None else usual
@@ -107,7 +126,7 @@ def _run(
         raise ValueError(f"chunk = {chunk}, cache_bytes = {cache_bytes}: need at least 1 row and 0 bytes")
     differentiable = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     ops = _row_ops(backend, hidden_TD.device)
-    call = Call(shard, options, ops, chunk, cache_bytes if differentiable else 0, entropy)
+    call = Call(shard, options, ops, chunk, cache_bytes if differentiable else 0, extra)
     return ChunkedLogprob.apply(hidden_TD, weight_VD, targets_N, rows_N, call)
 
 
@@ -120,7 +139,7 @@ def _row_ops(backend: Backend, device: torch.device) -> RowOps:
     return rows_triton
 
 
-def _check(hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabShard, rows_N: Tensor | None) -> None:
+def check(hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabShard, rows_N: Tensor | None) -> None:
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         shapes = f"{list(hidden_TD.shape)} and {list(weight_VD.shape)}"
         raise ValueError(f"hidden and weight are {shapes}: need [T, D] and [V, D] of the same D")

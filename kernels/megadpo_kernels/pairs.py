@@ -1,7 +1,7 @@
-"""The sigmoid loss of preference pairs with its metrics and gradient, in one launch where Triton runs.
+"""The sigmoid loss of preference pairs with its metrics and gradient, in one launch of a Triton kernel.
 
 L = sum over pairs of -(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta ((policy - reference) of the first response
-minus that of the second).
+minus that of the second). In torch it is some forty launches on tensors of a few dozen numbers.
 """
 
 from __future__ import annotations
@@ -10,34 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from megadpo_kernels.backends import Backend, uses_triton
-
-TIE = 1e-4
-"""Nats between two log-ratios below which they count as equal: rounding, not a preference."""
+from megadpo_kernels.backends import uses_triton
 
 METRICS = 6
-"""Sums over pairs: reward of the first response, of the second, their difference, pairs in the right order (a tie
-counts half), log-probability of the first response, of the second."""
+"""Sums over pairs: reward of the first response, of the second, their difference, pairs in the right order (a tie, two
+log-ratios less than 1e-4 nats apart, counts half), log-probability of the first response, of the second."""
 
 
-def pair_loss(
-    policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: float, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
+def pair_loss(policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: float) -> tuple[Tensor, Tensor]:
     """(loss sum, scalar, with gradient to policy; metric sums [6], without). All float32.
 
-    policy_S, reference_S: float32 [2 G], first and second response of each pair in turn. G may be 0.
+    policy_S, reference_S: float32 [2 G], first and second response of each pair in turn. G may be 0. Raises ValueError
+    where Triton cannot run: there is no other back end.
     """
-    if uses_triton(backend, policy_S.device):
-        return _PairLoss.apply(policy_S, reference_S, beta, smoothing)
-    policy_G2 = policy_S.view(-1, 2)
-    reward_G2 = beta * (policy_G2 - reference_S.view(-1, 2))
-    margin_G = reward_G2[:, 0] - reward_G2[:, 1]
-    loss_G = -(1 - smoothing) * logsigmoid(margin_G) - smoothing * logsigmoid(-margin_G)
-    right_G = torch.where(margin_G.abs() < TIE * beta, 0.5, (margin_G > 0).float())
-    columns = (*reward_G2.unbind(1), margin_G, right_G, *policy_G2.unbind(1))
-    return loss_G.sum(), torch.stack([column.sum() for column in columns]).detach()
+    uses_triton("triton", policy_S.device)
+    return _PairLoss.apply(policy_S, reference_S, beta, smoothing)
 
 
 class _PairLoss(torch.autograd.Function):

@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from megadpo_kernels.configs import config_for
+from megadpo_kernels.rows import Extra
 from megadpo_kernels.shard import LogitOptions
 from megadpo_kernels.triton_kernels import combine_kernel, row_stats_kernel, segment_sums_kernel, slope_kernel
 
+KINDS = {None: 0, "entropy": 1, "collision": 2}
+"""How the kernels call `rows.Extra`."""
 
-def row_stats(stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tensor, options: LogitOptions) -> None:
+
+def row_stats(
+    stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tensor, options: LogitOptions, extra: Extra = None
+) -> None:
     """`rows.row_stats`."""
     config = config_for("row_stats", logits_MP.device, columns)
     row_stats_kernel[(len(logits_MP),)](
@@ -23,38 +29,38 @@ def row_stats(stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tens
         *_numbers(options),
         BLOCK=config.block,
         CAPPED=options.soft_cap is not None,
-        ENTROPY=len(stats_KM) == 4,
+        EXTRA=KINDS[extra],
         num_warps=config.warps,
     )
 
 
-def combine(stats_RKN: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def combine(stats_RKN: Tensor, extra: Extra = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`rows.combine`."""
-    ranks, kinds, rows = stats_RKN.shape
+    ranks, _, rows = stats_RKN.shape
     logprob_N = torch.empty(rows, dtype=torch.float32, device=stats_RKN.device)
-    normaliser_2N = logprob_N.new_empty(2, rows)
-    entropy_N = logprob_N.new_empty(rows) if kinds == 4 else None
+    normaliser_3N = logprob_N.new_empty(3, rows)
+    extra_N = logprob_N.new_empty(rows) if extra else None
     if rows:
         config = config_for("combine", stats_RKN.device, rows)
         combine_kernel[(-(-rows // config.block),)](
             stats_RKN.contiguous(),
             logprob_N,
-            normaliser_2N,
-            logprob_N if entropy_N is None else entropy_N,
+            normaliser_3N,
+            logprob_N if extra_N is None else extra_N,
             ranks,
             rows,
             BLOCK=config.block,
-            ENTROPY=kinds == 4,
+            EXTRA=KINDS[extra],
             num_warps=config.warps,
         )
-    return logprob_N, normaliser_2N, entropy_N
+    return logprob_N, normaliser_3N, extra_N
 
 
 def slope(
     logits_MP: Tensor,
     columns: int,
     targets_M: Tensor,
-    normaliser_2M: Tensor,
+    normaliser_3M: Tensor,
     upstream_KM: Tensor,
     entropy_M: Tensor | None,
     options: LogitOptions,
@@ -69,11 +75,11 @@ def slope(
         slope_MP,
         slope_MP.stride(0),
         targets_M,
-        normaliser_2M,
-        normaliser_2M.stride(0),
+        normaliser_3M,
+        normaliser_3M.stride(0),
         upstream_KM,
         upstream_KM.stride(0),
-        normaliser_2M if entropy_M is None else entropy_M,
+        normaliser_3M if entropy_M is None else entropy_M,
         columns,
         *_numbers(options),
         BLOCK=config.block,

@@ -31,17 +31,31 @@ def _transformed(logit, multiplier, soft_cap, coolness, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _fold(top, total, moment, z, ENTROPY: tl.constexpr):
-    """One more block of a row: z of its columns, those beyond the row at LOWEST, where they weigh nothing."""
+def _log1p(x):
+    """log(1 + x) for x >= 0 to the last digits of a small x: what rounding 1 + x takes away is made good."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
+
+
+@triton.jit
+def _fold(top, others, moment, whole, z, is_target, EXTRA: tl.constexpr):
+    """One more block of a row: z of its columns, those beyond the row at LOWEST, where they weigh nothing.
+
+    others: sum of exp(z - top) without the target. EXTRA: 1 keeps the entropy's moment, and for it the sum with the
+    target (whole); 2 keeps the sum of squares in `moment`.
+    """
     new_top = tl.maximum(top, tl.max(z, 0))
     step = top - new_top
     shrink = tl.exp2(step * LOG2E)
     below = z - new_top
     weight = tl.exp2(below * LOG2E)
-    if ENTROPY:
-        moment = shrink * (moment + total * step) + tl.sum(weight * below, 0)
-    total = total * shrink + tl.sum(weight, 0)
-    return new_top, total, moment
+    if EXTRA == 1:
+        moment = shrink * (moment + whole * step) + tl.sum(weight * below, 0)
+        whole = whole * shrink + tl.sum(weight, 0)
+    if EXTRA == 2:
+        moment = moment * (shrink * shrink) + tl.sum(weight * weight, 0)
+    others = others * shrink + tl.sum(tl.where(is_target, 0.0, weight), 0)
+    return new_top, others, moment, whole
 
 
 @triton.jit(do_not_specialize=["stats_stride", "columns"])
@@ -57,58 +71,71 @@ def row_stats_kernel(
     coolness,
     BLOCK: tl.constexpr,
     CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    EXTRA: tl.constexpr,
 ):
-    """One program per row: maximum, sum of exponentials, target's z, and the entropy's moment, in one pass."""
+    """One program per row: maximum, sum of the others' exponentials, target's z, the extra, in one pass."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     lanes = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
     top = tl.full((), LOWEST, tl.float32)
-    total = tl.full((), 0.0, tl.float32)
+    others = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)
+    whole = tl.full((), 0.0, tl.float32)
     for at in range(0, columns, BLOCK):
         # the row's memory goes on to `stride`, a multiple of 16: the mask allows 16-byte loads
         logit = tl.load(logits + at + lanes, mask=at + lanes < stride, other=0.0)
         z, _ = _transformed(logit, multiplier, soft_cap, coolness, CAPPED)
-        top, total, moment = _fold(top, total, moment, tl.where(at + lanes < columns, z, LOWEST), ENTROPY)
-    target = tl.load(targets + row)
+        z = tl.where(at + lanes < columns, z, LOWEST)
+        top, others, moment, whole = _fold(top, others, moment, whole, z, at + lanes == target, EXTRA)
     here = (target >= 0) & (target < columns)
     z, _ = _transformed(tl.load(logits + target, mask=here, other=0.0), multiplier, soft_cap, coolness, CAPPED)
     tl.store(stats + row, top)
-    tl.store(stats + stats_stride + row, total)
+    tl.store(stats + stats_stride + row, others)
     tl.store(stats + 2 * stats_stride + row, tl.where(here, z, -float("inf")))
-    if ENTROPY:
+    if EXTRA:
         tl.store(stats + 3 * stats_stride + row, moment)
 
 
 @triton.jit(do_not_specialize=["ranks", "rows"])
-def combine_kernel(stats, logprobs, normaliser, entropies, ranks, rows, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+def combine_kernel(stats, logprobs, normaliser, extras, ranks, rows, BLOCK: tl.constexpr, EXTRA: tl.constexpr):
     """One program per block of rows: merge the ranks' statistics [ranks, 3 or 4, rows] in rank order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = at < rows
-    KINDS: tl.constexpr = 4 if ENTROPY else 3
+    KINDS: tl.constexpr = 4 if EXTRA else 3
     top = tl.full((BLOCK,), LOWEST, tl.float32)
     target = tl.full((BLOCK,), -float("inf"), tl.float32)
     for rank in range(ranks):
         part = stats + rank * KINDS * rows + at
         top = tl.maximum(top, tl.load(part, mask=valid, other=0.0))
         target = tl.maximum(target, tl.load(part + 2 * rows, mask=valid, other=0.0))
-    total = tl.zeros((BLOCK,), tl.float32)
+    target -= top
+    others = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     for rank in range(ranks):
         part = stats + rank * KINDS * rows + at
-        below = tl.load(part, mask=valid, other=0.0) - top
+        their_top = tl.load(part, mask=valid, other=0.0)
+        below = their_top - top
         weight = tl.exp2(below * LOG2E)
         theirs = tl.load(part + rows, mask=valid, other=1.0)
-        total += weight * theirs
-        if ENTROPY:
-            moment += weight * (tl.load(part + 3 * rows, mask=valid, other=0.0) + theirs * below)
-    log_total = tl.log(total)
-    tl.store(logprobs + at, (target - top) - log_total, mask=valid)
+        others += weight * theirs
+        if EXTRA == 1:
+            # the part's sum of z - its maximum becomes one of z - top, for which its target counts too
+            whole = theirs + tl.exp2((tl.load(part + 2 * rows, mask=valid, other=0.0) - their_top) * LOG2E)
+            moment += weight * (tl.load(part + 3 * rows, mask=valid, other=0.0) + whole * below)
+        if EXTRA == 2:
+            moment += weight * weight * tl.load(part + 3 * rows, mask=valid, other=0.0)
+    total = others + tl.exp2(target * LOG2E)
+    # where the target has the maximum, the sum is 1 and the others
+    log_total = tl.where(target < 0, tl.log(total), _log1p(others))
+    tl.store(logprobs + at, target - log_total, mask=valid)
     tl.store(normaliser + at, top, mask=valid)
     tl.store(normaliser + rows + at, log_total, mask=valid)
-    if ENTROPY:
-        tl.store(entropies + at, log_total - moment / total, mask=valid)
+    tl.store(normaliser + 2 * rows + at, others / total, mask=valid)
+    if EXTRA == 1:
+        tl.store(extras + at, log_total - moment / total, mask=valid)
+    if EXTRA == 2:
+        tl.store(extras + at, moment / (total * total), mask=valid)
 
 
 @triton.jit(do_not_specialize=["normaliser_stride", "upstream_stride", "columns"])
@@ -143,6 +170,7 @@ def slope_kernel(
     target = tl.load(targets + row)
     top = tl.load(normaliser + row)
     log_total = tl.load(normaliser + normaliser_stride + row)
+    missing = tl.load(normaliser + 2 * normaliser_stride + row)
     upstream = tl.load(upstreams + row)
     entropy_upstream = 0.0
     entropy = 0.0
@@ -155,8 +183,8 @@ def slope_kernel(
         z, inner = _transformed(logit, multiplier, soft_cap, coolness, CAPPED)
         logprob = (tl.where(at + lanes < columns, z, LOWEST) - top) - log_total
         probability = tl.exp2(logprob * LOG2E)
-        # one-hot minus probability in float32: near probability 1, rounding first would lose the target's gradient
-        slope = upstream * (tl.where(at + lanes == target, 1.0, 0.0) - probability)
+        # the target's 1 - p keeps its digits: subtracted here, near probability 1, it would lose them
+        slope = upstream * tl.where(at + lanes == target, missing, -probability)
         if ENTROPY:
             slope -= entropy_upstream * probability * (logprob + entropy)
         if CAPPED:

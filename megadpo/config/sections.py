@@ -24,7 +24,8 @@ class ModelConfig:
     """Activation recompute: nothing, the attention only, or every layer."""
     logprob_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Code of the head. chunked: torch, a few rows at a time. triton: the same with kernels (not yet run on a device).
-    reference: plain torch that holds the logits of a whole micro-batch, to compare with. auto: chunked."""
+    reference: plain torch in float64 that holds the logits of a whole micro-batch, to compare with. auto: chunked.
+    With triton, response sums, DPO's loss and the copies of prompts' keys and values run as kernels too."""
 
 
 @dataclass(frozen=True)

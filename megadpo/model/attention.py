@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from megadpo_kernels import Backend as KernelBackend
+from megadpo_kernels.prefix import Copies, duplicate
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -44,8 +46,8 @@ PADDING_PIECE = 64
 class Varlen:
     """A stream as the one-call kernels want it. Lengths of the longest segment are host integers: no read-back."""
 
-    keys_K: Tensor
-    """int64, the row of the stream that each gathered key and value comes from."""
+    copies: Copies
+    """The row of the stream that each gathered key and value comes from."""
     cu_queries: Tensor
     """int32 [segments + 1], where each segment's queries start; the last is T."""
     cu_keys: Tensor
@@ -112,7 +114,7 @@ def varlen_layout(segments: tuple[Segment, ...], length: int, device: torch.devi
         return torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)).to(device, non_blocking=True)
 
     return Varlen(
-        keys_K=torch.from_numpy(np.concatenate(rows)).to(device, non_blocking=True),
+        copies=Copies.of(torch.from_numpy(np.concatenate(rows)), length).to(device),
         cu_queries=ends(queries),
         cu_keys=ends(keys),
         longest_query=max(queries),
@@ -123,7 +125,7 @@ def varlen_layout(segments: tuple[Segment, ...], length: int, device: torch.devi
 class SegmentAttention(MegatronModule):
     """Megatron-Core's `core_attention`; the layer spec says which back end."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what Megatron-Core gives every core attention, and three of ours
         self,
         config: TransformerConfig,
         layer_number: int,
@@ -131,6 +133,7 @@ class SegmentAttention(MegatronModule):
         attention_type: str,
         shape: ModelShape,
         backend: Backend = "sdpa",
+        kernels: KernelBackend = "auto",
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
@@ -139,7 +142,7 @@ class SegmentAttention(MegatronModule):
         """layer_number: over all pipeline stages, from 1. softmax_scale: None for 1 / sqrt(W). latent_widths: what
         Megatron-Core's latent attention gives beside; they are in the shape."""
         super().__init__(config=config)
-        self.backend = backend
+        self.backend, self.kernels = backend, kernels
         self.softmax_scale = shape.scores.scale if shape.latent else softmax_scale
         self.soft_cap = shape.scores.soft_cap
         windowed = shape.window is not None and shape.window.layers[layer_number - 1]
@@ -175,7 +178,7 @@ class SegmentAttention(MegatronModule):
             layout = packed_seq_params.varlen
             assert layout is not None
             kernel = self._te if self.backend == "te" else self._varlen
-            k, v = (x[:, 0].index_select(0, layout.keys_K) for x in (key, value))
+            k, v = (duplicate(x[:, 0], layout.copies, self.kernels) for x in (key, value))
             output = kernel(query[:, 0], k, v, layout)
         return output.reshape(query.shape[0], 1, -1)
 

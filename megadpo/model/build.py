@@ -148,18 +148,23 @@ def block_spec(
     stage: int | None,
     attention_backend: Backend,
     context: ParallelContext,
+    kernels: LogprobBackend = "auto",
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     te = mcore_fixes.have_te()
     first = get_transformer_layer_offset(config, vp_stage=stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
     kinds = [shape.experts is not None and shape.experts.layers[layer] for layer in layers]
-    specs = {kind: layer_spec(shape, kind, attention_backend, context) for kind in set(kinds)}
+    specs = {kind: layer_spec(shape, kind, attention_backend, context, kernels) for kind in set(kinds)}
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=TENorm if te else RMSNorm)
 
 
 def layer_spec(
-    shape: ModelShape, with_experts: bool, attention_backend: Backend, context: ParallelContext
+    shape: ModelShape,
+    with_experts: bool,
+    attention_backend: Backend,
+    context: ParallelContext,
+    kernels: LogprobBackend,
 ) -> ModuleSpec:
     """A layer with experts, or with the plain MLP."""
     te, latent = mcore_fixes.have_te(), shape.latent is not None
@@ -171,7 +176,8 @@ def layer_spec(
     norm = TENorm if te else RMSNorm
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
     linear = attention.submodules
-    linear.core_attention = ModuleSpec(SegmentAttention, params={"shape": shape, "backend": attention_backend})
+    own = {"shape": shape, "backend": attention_backend, "kernels": kernels}
+    linear.core_attention = ModuleSpec(SegmentAttention, params=own)
     if shape.local_rotary_base is not None and shape.window is not None:
         attention.module = TwoBaseAttention
         attention.params = {**attention.params, "layers": shape.window.layers}
@@ -268,7 +274,7 @@ def build_chunks(
     for stage, first, last in context.stages():
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend, context),
+            block_spec(config, shape, stage, backend, context, logprob_backend),
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,

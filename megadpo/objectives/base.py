@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from megadpo_kernels import Backend
 from torch import Tensor
 
 Unit = Literal["groups", "responses", "tokens", "first_tokens"]
@@ -61,6 +62,7 @@ class Sequences:
                  carries the gradient.
 
     whole:       counts of the global batch that these sequences are a part of; None: they are all of it.
+    backend:     where it is triton, an objective that has a fused kernel uses it.
     """
 
     policy_S: Tensor
@@ -77,6 +79,7 @@ class Sequences:
     kl_N: Tensor | None = None
     rival_N: Tensor | None = None
     whole: Counts | None = None
+    backend: Backend = "auto"
 
     def field(self, name: str) -> Tensor:
         """A field that the objective needs; in float64 where it is a real number."""

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
+from megadpo_kernels.pairs import pair_loss
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -160,6 +161,13 @@ class DPO(Pairwise):
 
     def losses(self, pairs: Pairs) -> Tensor:
         return smoothed(self.beta * pairs.margin_G, self.label_smoothing)
+
+    def __call__(self, sequences: Sequences) -> Outcome:
+        if sequences.backend != "triton":
+            return super().__call__(sequences)
+        assert sequences.reference_S is not None  # the same in one launch
+        loss, metrics = pair_loss(sequences.policy_S, sequences.reference_S, self.beta, self.label_smoothing)
+        return Outcome(loss, sequences.count(self.unit), metrics)
 
 
 @dataclass(frozen=True)

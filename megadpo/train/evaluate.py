@@ -15,7 +15,7 @@ from megadpo.objectives import Objective, Sequences
 from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.listwise import table
 from megadpo.parallel.context import ParallelContext
-from megadpo.train.passes import Shared, forward, global_counts, mean_ratio, with_reference
+from megadpo.train.passes import Shared, forward, global_counts, kernels_of, mean_ratio, with_reference
 from megadpo.train.step import Sums, read, total, totals_across, totals_of
 
 BINS = 10
@@ -46,7 +46,7 @@ def evaluate(
         batches = held_out.stream.batches(groups, context.data_rank, held_out.column)
         if reference is not None:
             batches = with_reference(reference, batches, context)
-        kept += forward(chunks, batches, objective, Shared(None, drift), context)
+        kept += forward(chunks, batches, objective, Shared(None, drift, kernels_of(chunks)), context)
     whole = global_counts(kept, context)
     kept = [replace(sequences, whole=whole) for sequences in kept]
     if objective.whole_batch:

@@ -8,6 +8,7 @@ from typing import Any
 
 import megadpo_kernels
 import torch
+from megadpo_kernels import Backend
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -50,12 +51,18 @@ def run_schedule(
     )
 
 
-def response_sums(logprob_N: Tensor, batch: PackedBatch) -> Tensor:
+def kernels_of(chunks: Sequence[Any]) -> Backend:
+    """Which code runs the kernels of these model chunks (model.logprob_backend), wrapped by data parallelism or not."""
+    backend: Backend = getattr(chunks[0], "module", chunks[0]).logprob_backend
+    return backend
+
+
+def response_sums(logprob_N: Tensor, batch: PackedBatch, backend: Backend) -> Tensor:
     """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream; of a
     reward model its reward, which is already one number."""
     if batch.scalar:
         return logprob_N
-    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S)
+    return megadpo_kernels.response_sums(logprob_N, batch.tokens_S, backend)
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,14 @@ class Shared:
 
     whole: Counts | None
     mismatched_kl: Tensor | None = None
+    backend: Backend = "auto"
+    """Of the kernels."""
 
 
 def sequences_of(batch: PackedBatch, logprob_N: Tensor, objective: Objective, shared: Shared) -> Sequences:
     """What the objective gets of one micro-batch."""
     return Sequences(
-        policy_S=response_sums(logprob_N, batch),
+        policy_S=response_sums(logprob_N, batch, shared.backend),
         reference_S=batch.reference_S,
         tokens_S=batch.tokens_S,
         offsets_G1=batch.offsets_G1,
@@ -80,6 +89,7 @@ def sequences_of(batch: PackedBatch, logprob_N: Tensor, objective: Objective, sh
         body_N=batch.body_N,
         mismatched_kl=shared.mismatched_kl,
         whole=shared.whole,
+        backend=shared.backend,
     )
 
 
@@ -113,9 +123,10 @@ def score(chunks: Sequence[Any], batches: Sequence[PackedBatch], context: Parall
     """Log-probabilities of each micro-batch, in order; an empty list except on the last stage."""
 
     def keep(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Scores]:
-        scores = Scores(response_sums(logprob_N, batch), logprob_N)
+        scores = Scores(response_sums(logprob_N, batch, backend), logprob_N)
         return scores.sums_S.sum(), torch.zeros((), dtype=torch.int, device=logprob_N.device), scores
 
+    backend = kernels_of(chunks)
     return run_schedule(chunks, batches, keep, context, forward_only=True)
 
 

@@ -19,6 +19,7 @@ from megadpo.train.passes import (
     Shared,
     forward,
     global_counts,
+    kernels_of,
     mean_ratio,
     run_schedule,
     sequences_of,
@@ -90,7 +91,7 @@ def looked_over(
     if reference is not None:
         batches = with_reference(reference, batches, context)
     drift = None if mismatched is None else mean_ratio(state.chunks, reference, mismatched, context)
-    shared = Shared(global_counts(batches, context), drift)
+    shared = Shared(global_counts(batches, context), drift, kernels_of(state.chunks))
     if not objective.whole_batch:
         return batches, None, objective_of(objective, shared)
     with settled(state.chunks):  # one more forward pass, so that the formula sees the whole batch at once

@@ -48,10 +48,10 @@ def variants() -> Iterator[Variant]:
     """Types as torch gives them; `aligned` are the arguments that Triton finds divisible by 16 at run time."""
     for row in shipped():
         if row.kernel == "row_stats":
-            for capped, entropy in ((False, False), (True, True)):
+            for capped, extra in ((False, 0), (True, 1), (False, 2)):
                 types = pointers("logits stats", "fp32") | pointers("targets", "i64") | NUMBERS
                 types |= {"stride": "i32", "stats_stride": "i32", "columns": "i32"}
-                constants = {"BLOCK": row.block, "CAPPED": capped, "ENTROPY": entropy}
+                constants = {"BLOCK": row.block, "CAPPED": capped, "EXTRA": extra}
                 yield Variant("row_stats_kernel", types, constants, row.warps, ("logits", "stride"))
         elif row.kernel == "slope":
             for kind, capped, entropy in (
@@ -65,15 +65,14 @@ def variants() -> Iterator[Variant]:
                 aligned = ("logits", "stride", "slopes", "slope_stride")
                 yield Variant("slope_kernel", types, constants, row.warps, aligned)
         elif row.kernel == "combine":
-            for entropy in (False, True):
-                types = pointers("stats logprobs normaliser entropies", "fp32") | {"ranks": "i32", "rows": "i32"}
-                yield Variant("combine_kernel", types, {"BLOCK": row.block, "ENTROPY": entropy}, row.warps, ())
-        elif row.kernel == "prefix":
-            types = pointers("keys values new_keys new_values", "bf16") | pointers("cos sin", "fp32")
-            types |= pointers("rows places starts", "i64") | {"pairs": "i32"}
-            aligned = ("keys", "values", "new_keys", "new_values", "cos", "sin")
-            for name in ("duplicate_kernel", "add_copies_kernel"):
-                yield Variant(name, types, {"BLOCK": row.block, "HALF": 64}, row.warps, aligned)
+            for extra in (0, 1, 2):
+                types = pointers("stats logprobs normaliser extras", "fp32") | {"ranks": "i32", "rows": "i32"}
+                yield Variant("combine_kernel", types, {"BLOCK": row.block, "EXTRA": extra}, row.warps, ())
+        elif row.kernel == "add_copies":
+            for kind in ("bf16", "fp16"):
+                types = pointers("gradients sums", kind) | pointers("places starts", "i64") | {"size": "i32"}
+                aligned = ("gradients", "sums", "size")
+                yield Variant("add_copies_kernel", types, {"BLOCK": row.block}, row.warps, aligned)
         elif row.kernel == "pair_loss":
             types = pointers("policy reference sums slopes", "fp32")
             types |= {"pairs": "i32", "beta": "fp32", "smoothing": "fp32"}

@@ -10,6 +10,11 @@ from megadpo_kernels import triton_problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
+if triton_problem(torch.device("cpu")) is None:
+    import interpreter
+
+    interpreter.round_to_nearest()
+
 PLACES = [(device, backend) for device in ("cpu", "cuda") for backend in ("reference", "chunked", "triton")]
 
 

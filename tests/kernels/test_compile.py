@@ -57,13 +57,26 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(built: list[dict[str, Any]
         opcodes = kernel["opcodes"]
         per_thread = kernel["constants"]["BLOCK"] // (kernel["warps"] * 32)
         assert opcodes["LDG.E.128"] == per_thread // 4, name_of(kernel)
-        # what is left are scalars of the row: target (and its logit), normaliser, upstream gradient
+        # what is left are scalars of the row: target and its logit; or target, normaliser (3), upstream gradient, and
+        # for the entropy its value and its upstream gradient
         narrow = sum(n for op, n in opcodes.items() if op.startswith("LDG") and op != "LDG.E.128")
-        assert narrow <= 6, name_of(kernel)
+        scalars = 2 if kernel["name"] == "row_stats_kernel" else 7 if kernel["constants"]["ENTROPY"] else 5
+        assert narrow == scalars, name_of(kernel)
         if kernel["name"] == "slope_kernel":
             width = {"*fp32": 4, "*bf16": 2, "*fp16": 2}[kernel["types"]["slopes"]]
             stores = {op: n for op, n in opcodes.items() if op.startswith("STG")}
             assert stores == {"STG.E.128": per_thread * width // 16}, name_of(kernel)
+
+
+def test_copies_are_read_and_written_16_bytes_at_a_time(built: list[dict[str, Any]]) -> None:
+    for kernel in built:
+        if kernel["name"] == "add_copies_kernel":
+            loads = {
+                op for op in kernel["opcodes"] if op.startswith("LDG") and "64" not in op
+            }  # 64: its place, a scalar
+            stores = {op for op in kernel["opcodes"] if op.startswith("STG")}
+            assert loads == {"LDG.E.128"}, name_of(kernel)
+            assert stores == {"STG.E.128"}, name_of(kernel)
 
 
 def test_slopes_are_rounded_to_nearest_and_wait_for_the_loads(built: list[dict[str, Any]]) -> None:

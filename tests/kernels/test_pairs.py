@@ -1,12 +1,16 @@
-"""The fused pair loss against megadpo's DPO objective, and float64."""
+"""The fused pair loss against float64, and the DPO objective with it and without."""
 
 import pytest
 import torch
-from cases import Place, relative
+from cases import GRADIENT, Place, relative
 from megadpo_kernels.pairs import METRICS, pair_loss
 from torch.nn.functional import logsigmoid
 
 from megadpo.objectives import DPO, Sequences
+
+BETA = 0.3
+MEAN = 1e-5
+"""Nats: how far a metric's mean over pairs may be off. Loss 1e-6 relative."""
 
 
 def pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,33 +23,60 @@ def pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return policy, reference
 
 
+def exact(policy: torch.Tensor, reference: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and metrics in float64."""
+    policy_G2 = policy.double().view(-1, 2)
+    reward = BETA * (policy_G2 - reference.double().view(-1, 2))
+    margin = reward[:, 0] - reward[:, 1]
+    right = torch.where(margin.abs() < 1e-4 * BETA, 0.5, (margin > 0).double())
+    loss = -(1 - smoothing) * logsigmoid(margin).sum() - smoothing * logsigmoid(-margin).sum()
+    columns = (*reward.unbind(1), margin, right, *policy_G2.unbind(1))
+    return loss, torch.stack([column.sum() for column in columns]).detach()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("count", [0, 1, 5, 130])
-def test_against_the_objective_and_float64(place: Place, count: int, smoothing: float) -> None:
+def test_the_objective_against_float64(place: Place, count: int, smoothing: float) -> None:
+    """Whatever runs it: `triton` is one launch of the fused kernel, the others are plain torch."""
     policy, reference = pairs(count)
     ours = policy.to(place.device, copy=True).requires_grad_()
-    loss, metrics = pair_loss(ours, reference.to(place.device), 0.3, smoothing, place.backend)
-    (2 * loss).backward()
-
-    objective = DPO(beta=0.3, label_smoothing=smoothing)
     lengths, offsets = torch.ones(2 * count, dtype=torch.int64), torch.arange(count + 1) * 2
-    outcome = objective(Sequences(policy, reference, lengths, offsets))
-    assert metrics.shape == outcome.metrics.shape == (METRICS,)
-    torch.testing.assert_close(metrics.cpu(), outcome.metrics, rtol=1e-5, atol=1e-4 * max(count, 1))
+    objective = DPO(beta=BETA, label_smoothing=smoothing)
+    outcome = objective(Sequences(ours, reference.to(place.device), lengths, offsets, place.backend))
+    (2 * outcome.loss).backward()
 
-    exact = policy.double().requires_grad_()
-    reward = 0.3 * (exact - reference.double()).view(-1, 2)
-    margin = reward[:, 0] - reward[:, 1]
-    want = -(1 - smoothing) * logsigmoid(margin).sum() - smoothing * logsigmoid(-margin).sum()
+    true = policy.double().requires_grad_()
+    want, want_metrics = exact(true, reference, smoothing)
     (2 * want).backward()
-    assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5, abs=1e-5)
-    assert relative(ours.grad.cpu(), exact.grad) < 1e-5
+    assert int(outcome.count) == count
+    assert outcome.metrics.shape == (METRICS,) == (len(objective.metrics),)
+    assert (outcome.metrics.cpu() - want_metrics).abs().max() <= MEAN * count
+    assert float(outcome.loss.detach()) == pytest.approx(float(want.detach()), rel=1e-6)
+    assert relative(ours.grad.cpu(), true.grad) <= GRADIENT[torch.float32]
+    assert not outcome.metrics.requires_grad
+
+
+def test_the_fused_kernel_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megadpo.objectives import pairwise
+
+    called = []
+    monkeypatch.setattr(pairwise, "pair_loss", lambda *_: called.append(1) or (torch.zeros(()), torch.zeros(METRICS)))
+    for backend in ("auto", "chunked", "reference", "triton"):
+        DPO()(Sequences(*pairs(2), torch.ones(4, dtype=torch.int64), torch.arange(3) * 2, backend))
+        assert len(called) == (backend == "triton")
 
 
 def test_nan_is_reported(place: Place) -> None:
     policy, reference = (x.to(place.device) for x in pairs(4))
     policy[3] = torch.nan
-    loss, _ = pair_loss(policy.requires_grad_(), reference, 0.1, 0.0, place.backend)
-    loss.backward()
-    assert loss.isnan()
+    lengths, offsets = torch.ones(8, dtype=torch.int64), torch.arange(5) * 2
+    outcome = DPO()(Sequences(policy.requires_grad_(), reference, lengths, offsets, place.backend))
+    outcome.loss.backward()
+    assert outcome.loss.isnan()
     assert policy.grad.isnan().tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_without_triton_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="not installed"):
+        pair_loss(*pairs(2), 0.1, 0.0)

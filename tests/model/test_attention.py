@@ -5,34 +5,49 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from megadpo_kernels.prefix import duplicate
 from tiny import random_groups
 
 from megadpo.convert.shape import ModelShape, Scores, Window
 from megadpo.data.batch import pack
-from megadpo.model.attention import PADDING_PIECE, StreamParams, choose_backend, sdpa, stream_params, varlen_layout
+from megadpo.model.attention import (
+    PADDING_PIECE,
+    StreamParams,
+    Varlen,
+    choose_backend,
+    sdpa,
+    stream_params,
+    varlen_layout,
+)
 
 
 def by_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: StreamParams, window: int | None = None):
     return sdpa(q, k, v, zip(params.segments, params.masks[window], strict=True), None)
 
 
-def one_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: StreamParams, window: int | None = None
+def gathered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Varlen, window: int | None = None
 ) -> torch.Tensor:
-    """What a variable-length kernel with bottom-right causal alignment and flash attention's (window - 1, 0) computes,
-    written out in float64."""
-    layout = params.varlen
-    k, v = (x[:, 0].index_select(0, layout.keys_K).repeat_interleave(q.shape[2] // x.shape[2], 1) for x in (k, v))
-    out = torch.zeros_like(q[:, 0])
+    """What a variable-length kernel with bottom-right causal alignment and flash attention's (window - 1, 0) computes:
+    [T, heads, W] and twice [K, groups, W] -> [T, heads, W]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    parts = []
     bounds = zip(layout.cu_queries.tolist(), layout.cu_keys.tolist(), strict=True)
     (q0, k0), *rest = bounds
     for q1, k1 in rest:
-        scores = torch.einsum("qhw,khw->hqk", q[q0:q1, 0], k[k0:k1]) / q.shape[-1] ** 0.5
+        scores = torch.einsum("qhw,khw->hqk", q[q0:q1], k[k0:k1]) / q.shape[-1] ** 0.5
         distance = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
         mask = (distance >= 0) & (distance <= (k1 - k0 if window is None else window - 1))
-        out[q0:q1] = torch.einsum("hqk,khw->qhw", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[k0:k1])
+        parts.append(torch.einsum("hqk,khw->qhw", scores.masked_fill(~mask, -torch.inf).softmax(-1), v[k0:k1]))
         q0, k0 = q1, k1
-    return out[:, None]
+    return torch.cat(parts)
+
+
+def one_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: StreamParams, window: int | None = None
+) -> torch.Tensor:
+    k, v = (duplicate(x[:, 0], params.varlen.copies) for x in (k, v))
+    return gathered(q[:, 0], k, v, params.varlen, window)[:, None]
 
 
 @pytest.mark.parametrize("responses", [1, 2, 4])
@@ -61,7 +76,7 @@ def test_padding_is_cut_small_and_covers_the_stream() -> None:
     assert layout.longest_query == PADDING_PIECE
     sizes = np.diff(layout.cu_queries.numpy())
     assert (sizes > 0).all()
-    assert (layout.keys_K.numpy() < 1000).all()
+    assert (layout.copies.rows_K.numpy() < 1000).all()
 
 
 def test_an_empty_micro_batch_reaches_every_input() -> None:

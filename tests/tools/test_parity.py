@@ -65,6 +65,15 @@ def test_for_real(shared: Path) -> None:
     assert parity.main([*stories, "--data", str(shared / "data" / "stories_pairs_train.jsonl")]) == 0
 
 
+def test_for_real_with_kernels(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small steps with the head in Triton's interpreter; tools/results/parity.md has more of every back end."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(parity, "logits_agree", lambda _: True)  # the other back ends' test compares them
+    small = ["--steps", "2", "--batch", "1", "--reference", "resident", "--logprob-backend", "triton"]
+    stories = ["--model", str(shared / "models" / "stories260k")]
+    assert parity.main([*stories, *small, "--data", str(shared / "data" / "stories_pairs_train.jsonl")]) == 0
+
+
 def test_logits_count(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity, "trl_records", lambda *_: steps())
     monkeypatch.setattr(parity, "megadpo_records", lambda *_: steps())

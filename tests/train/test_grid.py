@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from megadpo_kernels import Backend
 from tiny import random_groups, write_llama
 
 from megadpo.data.packing import Budget
@@ -126,3 +127,12 @@ def test_bfloat16_stays_near(base: Case, single: dict[str, Any]) -> None:
     for got, expected in zip(result["sums"], single["sums"], strict=True):
         assert got.loss == pytest.approx(expected.loss, rel=0.03)
     assert torch.isfinite(torch.tensor(result["grad_norms"])).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # Triton's interpreter
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_every_grid_with_every_back_end(base: Case, single: dict[str, Any], backend: Backend) -> None:
+    """All of the above with the head's other back ends (tests/kernels/test_engine.py has a slice of it)."""
+    for grids in (test_micro_batches, test_two_ranks, test_four_ranks):
+        grids(replace(base, logprob_backend=backend), single)
