@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megadpo.convert.families import HEAD, family_of, megatron_tensors
 from megadpo.convert.hf_files import HFFiles, all_finite
@@ -59,17 +58,10 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
             continue
         _fill(piece, tensors[piece.key], files)
         _compare_tied(piece, tensors[piece.key], files, shape)
-    filled = sum(piece.data.numel() for piece in pieces)
-    owned = sum(x.numel() for chunk in model_chunks for x in _owned(chunk))
+    filled = sum(piece.data.numel() for piece in pieces if not tensors[piece.key].float32)  # those are buffers
+    owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
     if filled != owned:
         raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
-
-
-def _owned(chunk: Any) -> Iterator[Tensor]:
-    """Parameters, and the buffers that a checkpoint keeps (an expert's selection bias)."""
-    kept = chunk.state_dict()
-    yield from chunk.parameters()
-    yield from (buffer for name, buffer in chunk.named_buffers() if name in kept)
 
 
 def _ignored(shape: ModelShape) -> str:

@@ -41,7 +41,7 @@ class Weight:
     start: where its rows start in the Hugging Face tensor, as a letter of `sizes`; two weights may share one.
     of_layer: whether this layer (from 0) has it.
     stacked: how the experts lie in the Hugging Face tensor, where they share one.
-    float32: written as float32, whatever the dtype of the export.
+    float32: a frozen buffer of the model, float32 there and in every export.
     """
 
     megatron: str
