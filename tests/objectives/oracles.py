@@ -225,7 +225,7 @@ def f_dpo(o: Any, w: Any, l: Any, nw: Any, nl: Any) -> Any:
             return -1 / u
         if o.divergence == "js":
             return log(2 * u / (1 + u))
-        return (1 - u ** -mpf(o.alpha)) / mpf(o.alpha)
+        return (1 - exp(-mpf(o.alpha) * ratio)) / mpf(o.alpha)
 
     m = mpf(o.beta) * slope(w) - mpf(o.beta) * slope(l)
     if abs(m) > 10**6:  # log(1 + exp(-m)) to 400 000 digits; m itself may have 4343 before its point
