@@ -90,7 +90,10 @@ def measure(options: argparse.Namespace, name: str, folder: Path) -> Row:
     if config.objective.responses == 1:
         return Row(name, settings, why="trains on single responses, and the data are pairs")
     started = time.monotonic()
-    command("train", str(path))
+    try:
+        command("train", str(path))
+    except RuntimeError as refused:  # data without scores, say; the reason is megadpo's last line
+        return Row(name, settings, why=str(refused).strip().splitlines()[-1])
     seconds = time.monotonic() - started
     yardstick = folder / f"{name}-eval.yaml"
     tree = run_file(options, folder / f"{name}-eval", {"loss_type": "dpo"})

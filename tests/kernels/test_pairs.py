@@ -42,7 +42,7 @@ def test_the_objective_against_float64(place: Place, count: int, smoothing: floa
     ours = policy.to(place.device, copy=True).requires_grad_()
     lengths, offsets = torch.ones(2 * count, dtype=torch.int64), torch.arange(count + 1) * 2
     objective = DPO(beta=BETA, label_smoothing=smoothing)
-    outcome = objective(Sequences(ours, reference.to(place.device), lengths, offsets, place.backend))
+    outcome = objective(Sequences(ours, reference.to(place.device), lengths, offsets, backend=place.backend))
     (2 * outcome.loss).backward()
 
     true = policy.double().requires_grad_()
@@ -62,7 +62,7 @@ def test_the_fused_kernel_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyP
     called = []
     monkeypatch.setattr(pairwise, "pair_loss", lambda *_: called.append(1) or (torch.zeros(()), torch.zeros(METRICS)))
     for backend in ("auto", "chunked", "reference", "triton"):
-        DPO()(Sequences(*pairs(2), torch.ones(4, dtype=torch.int64), torch.arange(3) * 2, backend))
+        DPO()(Sequences(*pairs(2), torch.ones(4, dtype=torch.int64), torch.arange(3) * 2, backend=backend))
         assert len(called) == (backend == "triton")
 
 
