@@ -46,10 +46,10 @@ class Stream:
     shuffle: bool = False
     share: bool = True
     """Whether a prompt stands once for all its responses."""
-    scalar: bool = False
-    """Whether it is for a reward model (data/batch.py)."""
     grain: int | None = None
     """Streams end after their last group, rounded up to a multiple of this; None: all are as long as the budget."""
+    scalar: bool = False
+    """Whether it is for a reward model (data/batch.py)."""
 
     @cached_property
     def tokens_G(self) -> np.ndarray:

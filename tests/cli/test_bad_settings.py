@@ -60,7 +60,7 @@ def leaves() -> list[tuple[str, Any]]:
     found = []
     for name, kind in field_types(Config).items():
         if kind is Objective:
-            found += [(f"objective.{key}", kind) for key, kind in field_types(OBJECTIVES["sigmoid"]).items()]
+            found += [(f"objective.{key}", kind) for key, kind in field_types(OBJECTIVES["dpo"]).items()]
         elif hasattr(kind, "__dataclass_fields__"):
             found += [(f"{name}.{key}", kind) for key, kind in field_types(kind).items()]
         else:
