@@ -99,7 +99,7 @@ def test_overrides_on_both_sides_of_an_option(capsys, monkeypatch):
     assert cli.main(["eval", "run.yaml", "seed=1", "--checkpoint", "here", "batch.global_batch_size=2"]) == 0
     config, job = seen[0]
     assert (config.seed, config.batch.global_batch_size) == (1, 2)
-    assert job.args == ("here",)
+    assert job.args == ("here", False)
 
 
 def test_training_gets_config_and_rank_and_gives_the_exit_code(job):

@@ -53,6 +53,10 @@ def test_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (run_dir / "step", model):
         folder.mkdir(parents=True)
     (model / "config.json").write_text('{"_name_or_path": "maker/model-8B"}')
+    clean = f"run_dir: {run_dir}\nmodel: {{path: {model}}}\ndata: {{train: pairs.jsonl, eval: held_out.jsonl}}\n"
+    (run_dir / "clean.yaml").write_text(clean + "objective: {loss_type: dpo, beta: 0.3}\n")
+    config = load_config(run_dir / "clean.yaml", [])
+    # A run file with secrets is refused; one that has them all the same is an older one.
     (run_dir / "run.yaml").write_text(
         f"run_dir: {run_dir}\nmodel: {{path: {model}}}\nobjective: {{loss_type: dpo, beta: 0.3}}\n"
         f"data:\n  train: [https://me:{CANARY}@host/pairs.jsonl, /home/someone/pairs.jsonl]\n  eval: held_out.jsonl\n"
@@ -63,7 +67,7 @@ def test_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records.append({"step": 3, "eval_loss": 0.123456789, "eval_rewards/accuracies": 0.875})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run_dir / "step" / "state.json").write_text('{"step": 3, "consumed": 24, "total_steps": 3}')
-    card = run_card(load_config(run_dir / "run.yaml", []), run_dir / "step")
+    card = run_card(config, run_dir / "step")
     assert card.startswith(
         "---\nlibrary_name: transformers\nbase_model: maker/model-8B\ntags:\n- megadpo\n- dpo\n---\n"
     )
@@ -77,7 +81,7 @@ def test_model_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "~/pairs.jsonl" in card
     for secret in (CANARY, "hush-hush", "/home/someone"):
         assert secret not in card
-    early = run_card(load_config(run_dir / "run.yaml", []), tmp_path)
+    early = run_card(config, tmp_path)
     assert "| checkpoint |" not in early
 
 
