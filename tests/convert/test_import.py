@@ -46,12 +46,6 @@ class WholeModel:
     def parameters(self) -> Any:
         return self.tensors.values()
 
-    def named_buffers(self) -> Any:
-        return ()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.tensors
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
