@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -103,10 +103,7 @@ def _parser() -> Parser:
     )
     inspect.add_argument("--eval", action="store_true", help="of data.eval, not of data.train")
     inspect.add_argument("--ids", action="store_true", help="print token ids too")
-    export = add("export", _export, "Write a run's newest checkpoint as a Hugging Face folder.", run_file=False)
-    export.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
-    export.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
-    export.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the newest")
+    _add_conversion(add)
     _launch_options(add("launch", _launch, "Train as a SLURM job; on this machine where there is no SLURM."))
     status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
@@ -148,6 +145,51 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     option("--sbatch", "any other option of sbatch; may be repeated", metavar="KEY=VALUE", action="append")
     parser.add_argument("--preflight", action="store_true", help="check the nodes before every start")
     parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
+
+
+def _add_conversion(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """`import` and `export`, and the options that they share."""
+    into = add("import", _import, "Write a Hugging Face folder as one that any grid starts from.", run_file=False)
+    into.add_argument("hf_dir", metavar="HF_DIR", help="the Hugging Face folder")
+    into.add_argument("out_dir", metavar="DIR", help="the folder to write; a run file may name it as model.path")
+    into.add_argument("--adapter", metavar="PEFT_DIR", help="a PEFT LoRA folder to merge into the weights")
+    out = add("export", _export, "Write a run or an imported folder as a Hugging Face folder.", run_file=False)
+    out.add_argument(
+        "run_dir", metavar="DIR", help="a run folder (its newest checkpoint), one checkpoint, or an imported folder"
+    )
+    out.add_argument("out_dir", metavar="HF_DIR", help="the folder to write")
+    out.add_argument("--checkpoint", metavar="DIR", help="another checkpoint than the run's newest")
+    out.add_argument("--max-shard-size-gb", type=_positive(float), metavar="GB", help="of each file; 5 where not given")
+    for command in (into, out):
+        command.add_argument(
+            "--dtype",
+            choices=("bfloat16", "float16", "float32"),
+            help="of the written weights; as they are (import), as config.json says (export) where not given",
+        )
+        command.add_argument(
+            "--processes", type=_positive(int), default=1, metavar="N", help="writers, each with files of its own"
+        )
+        command.add_argument(
+            "--verify", action="store_true", help="compare the logits with those that transformers computes"
+        )
+        command.add_argument("--verify-text", metavar="FILE", help="text to compare on; a built-in one where not given")
+        command.add_argument(
+            "--tolerance",
+            type=_positive(float),
+            default=1e-4,
+            help="largest difference of a logit; 1e-4 where not given",
+        )
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < 1e9:
+            raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1e9")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
 
 
 # ---- commands
@@ -311,23 +353,29 @@ def _inspect_batch(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
-    from megadpo import checkpoint
-    from megadpo.config.decode import load_config
-    from megadpo.train.export import export
+def _import(options: argparse.Namespace) -> int:
+    from megadpo.conversion import Verification, run_import
 
-    run_dir = Path(options.run_dir).expanduser()
-    if not (run_dir / "run.yaml").is_file():
-        raise CheckpointError(f"{run_dir}: has no run.yaml; give the run_dir of a training run")
-    config = replace(load_config(run_dir / "run.yaml", []), run_dir=str(run_dir))
-    folder = Path(options.checkpoint).expanduser() if options.checkpoint else checkpoint.latest(run_dir)
-    if folder is None:
-        raise CheckpointError(f"{run_dir}: has no complete checkpoint yet; train first")
-    damaged = checkpoint.damage(folder)
-    if damaged:
-        raise CheckpointError(f"{damaged[0]}; the checkpoint is damaged: give another one with --checkpoint")
-    export(config, folder, Path(options.out_dir).expanduser())
-    return 0
+    return run_import(
+        Path(options.hf_dir).expanduser(),
+        Path(options.out_dir).expanduser(),
+        options.dtype,
+        Path(options.adapter).expanduser() if options.adapter else None,
+        options.processes,
+        Verification(options.verify, options.verify_text, tolerance=options.tolerance),
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    from megadpo.conversion import ExportOptions, Verification, run_export
+
+    chosen = Path(options.checkpoint).expanduser() if options.checkpoint else None
+    return run_export(
+        Path(options.run_dir).expanduser(),
+        Path(options.out_dir).expanduser(),
+        ExportOptions(chosen, options.dtype, options.max_shard_size_gb, options.processes),
+        Verification(options.verify, options.verify_text, tolerance=options.tolerance),
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -11,11 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from megadpo.observe.quiet import quiet
 
@@ -25,33 +22,6 @@ def words(value: str | list[dict[str, str]]) -> str:
     return value if isinstance(value, str) else " ".join(turn["content"] for turn in value)
 
 
-def ours(folder: Path, ids: Sequence[int]) -> torch.Tensor:
-    """float32 [tokens, vocabulary] through Megatron-Core, in this process alone."""
-    from megadpo.config import ParallelConfig
-    from megadpo.convert.families import read_shape
-    from megadpo.convert.importer import load_hf
-    from megadpo.model.build import build_chunks
-    from megadpo.model.logits import text_logits
-    from megadpo.parallel.context import grid, join_world
-
-    with tempfile.TemporaryDirectory() as meeting:
-        device = join_world(0, 1, 0, f"file://{meeting}/rendezvous")
-        with grid(ParallelConfig(), device, 0) as context:
-            shape = read_shape(folder)
-            chunks = build_chunks(shape, ParallelConfig(), context, "float32")
-            load_hf(chunks, shape, folder)
-            found = text_logits(chunks[0], ids, context).cpu()
-        torch.distributed.destroy_process_group()
-    return found
-
-
-def theirs(folder: Path, ids: Sequence[int]) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([list(ids)])).logits[0]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, type=Path, help="Hugging Face folder")
@@ -59,13 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="length of the text")
     parser.add_argument("--limit", type=float, default=1e-4)
     args = parser.parse_args(argv)
+    from megadpo.convert.families import read_shape
+    from megadpo.convert.verify import compare, transformers_logits
     from megadpo.data.tokenizer import load_tokenizer
+    from megadpo.model.logits import folder_logits
 
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
     text = "\n".join(words(row["prompt"]) + words(row["chosen"]) for row in rows)
     with quiet():
         ids = load_tokenizer(str(args.model), None).encode(text, add_bos=True)[: args.tokens]
-        difference = float((ours(args.model, ids) - theirs(args.model, ids)).abs().max())
+        where = [list(range(len(ids)))]
+        [theirs] = transformers_logits(args.model, ids, where)
+        [ours] = folder_logits(read_shape(args.model), args.model, ids, where)
+        difference = compare(theirs, ours, where[0]).logit
     print(
         f"logits on {len(ids)} tokens: largest difference from transformers {difference:.1e} (limit {args.limit:.0e})"
     )

@@ -17,7 +17,7 @@ class ModelConfig:
     """The policy."""
 
     path: str
-    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+    """Hugging Face folder (config.json, safetensors, tokenizer files), or one that `megadpo import` wrote."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of weights and activations. bfloat16 keeps float32 master weights in the optimizer."""
     recompute: Literal["none", "selective", "full"] = "none"

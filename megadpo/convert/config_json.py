@@ -47,10 +47,10 @@ def positive(value: Any) -> bool:
 
 
 class ConfigJson:
-    """The fields of one config.json. Absent and null mean the same."""
+    """The fields of one config.json (or another file `name`). Absent and null mean the same."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder).expanduser() / "config.json"
+    def __init__(self, folder: str | Path, name: str = "config.json") -> None:
+        self.path = Path(folder).expanduser() / name
         self.values = read_json(self.path)
 
     def get(self, field: str) -> Any:

@@ -1,5 +1,5 @@
-"""From a torch_dist checkpoint to a Hugging Face folder: offline, one process, no model, no Megatron-Core, no
-GPU.
+"""From a torch_dist checkpoint to a Hugging Face folder: offline, one process or several, no model, no Megatron-Core,
+no GPU.
 
 The family's table says what must come out; the checkpoint is searched for each Megatron tensor in every way
 that Megatron-Core stores it. One tensor is in memory at a time, whatever the size of the model and of the
@@ -9,12 +9,12 @@ files.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
@@ -25,22 +25,19 @@ from torch import Tensor
 
 from megadpo.convert.config_json import ConfigJson
 from megadpo.convert.families import family_of, megatron_tensors, read_shape, reward_architecture, with_head
-from megadpo.convert.hf_files import INDEX, WHOLE, all_finite, by, some
+from megadpo.convert.hf_files import INDEX, WHOLE, all_finite, by, is_imported, some
+from megadpo.convert.out_folder import check_free, check_space, new_folder
 from megadpo.convert.quantised import FIELD as QUANTISED
 from megadpo.convert.shape import ModelShape
+from megadpo.convert.small_files import small_files
 from megadpo.convert.tables import MegatronTensor, hf_shapes
 from megadpo.convert.torch_dist import TorchDist
-from megadpo.errors import CheckpointError, StorageError
+from megadpo.convert.workers import Report, run_all
+from megadpo.errors import CheckpointError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-COPIED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model*", "*.tiktoken", "tekken.json"),
-    *("chat_template.*", "additional_chat_templates/*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
-"""Copied byte for byte, never saved anew: what one version of transformers writes another may not read."""
 PREDICTION_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
 EXPERT = r"(.+\.experts\.experts\.)(\d+)\.(.+)"
 """Key of one expert's tensor; stored, the experts of a layer are usually one tensor."""
@@ -84,50 +81,61 @@ def export_hf(
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[int, int], None] | None = None,
     reward: Reward | None = None,
+    processes: int = 1,
+    files: Mapping[str, Path | str] | None = None,
 ) -> None:
     """Write `out_dir`: safetensors of at most `max_shard_bytes` (one tensor, or one layer's q, k, v, may be
-    larger) with their index, and config.json, tokenizer and templates of the model that the run started
-    from.
+    larger) with their index, config.json, and the small files that make the folder usable.
 
     dtype: of the written weights; the source's config.json decides where not given, the checkpoint where that
     is silent.
-    progress: called with (bytes written, bytes in all) after every tensor. reward: the checkpoint is a reward model's,
-    which becomes a sequence classifier with one label.
+    progress: called with (bytes written, bytes in all). reward: the checkpoint is a reward model's, which becomes a
+    sequence classifier with one label.
+    processes: writers; each writes whole files.
+    files: what stands beside the weights, by name: a file to copy or a text; tokenizer and templates of the source
+    (`small_files`) where not given.
     Nothing appears under `out_dir` before all is written. ModelError: the source folder; CheckpointError: the
     checkpoint is incomplete, damaged or another model's, or has NaN or Inf; StorageError: `out_dir` is not
     empty, too little space.
     """
     source, out = Path(source_folder).expanduser(), Path(out_dir).expanduser().resolve()
-    shape, config = with_head(read_shape(source), "scalar" if reward else "logprob", source), ConfigJson(source)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError(f"{out} exists and is not an empty folder: give a new path for the export, or empty it")
+    shape, config = _shape(source, Path(checkpoint_dir), reward), ConfigJson(source)
+    check_free(out, "export")
     checkpoint = TorchDist(checkpoint_dir)
     sources = find(checkpoint, shape, source)
     name = dtype or _dtype_of(config, checkpoint.dtype(sources[0].key))
     shards = _shards(sources, DTYPES[name], max_shard_bytes)
-    copies = sorted(file for pattern in COPIED for file in source.glob(pattern) if file.is_file())
+    copies = small_files(source) if files is None else files
     total = sum(x.bytes(DTYPES[name]) for x in sources)
-    _check_space(out, total + sum(file.stat().st_size for file in copies))
-    partial = out.with_name(out.name + ".partial")
     report = _adding(progress, total)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # an export that was killed
-        partial.mkdir(parents=True)
-        for file in copies:
-            target = partial / file.relative_to(source)
+    with new_folder(out, "export") as folder:
+        check_space(out, total + sum(map(_size, copies.values())), "export")
+        for title, file in copies.items():
+            target = folder / title
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-        for title, shard in shards.items():
-            _write_shard(partial / title, shard, DTYPES[name], checkpoint, report)
+            if isinstance(file, str):
+                target.write_text(file, encoding="utf-8")
+            else:
+                shutil.copyfile(file, target)
+        tasks = [
+            partial(_write_shard, folder / title, shard, DTYPES[name], Path(checkpoint_dir))
+            for title, shard in shards.items()
+        ]
+        run_all(tasks, processes, report)
         if len(shards) > 1:
-            _write_index(partial / INDEX, shards, total)
+            _write_index(folder / INDEX, shards, total)
         changes = {} if reward is None else _classifier(shape, reward)
-        _write_config(partial / "config.json", config, name, changes)
-        os.replace(partial, out)
-    except OSError as error:
-        raise StorageError(f"{error.filename or out}: {error.strerror}; the export was not written") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _write_config(folder / "config.json", config, name, changes)
+
+
+def _shape(source: Path, checkpoint_dir: Path, reward: Reward | None) -> ModelShape:
+    """The model in the checkpoint: an imported folder's has the head that it came with, a run's the objective's."""
+    shape = read_shape(source)
+    return shape if is_imported(checkpoint_dir) else with_head(shape, "scalar" if reward else "logprob", source)
+
+
+def _size(file: Path | str) -> int:
+    return len(file.encode()) if isinstance(file, str) else file.stat().st_size
 
 
 def find(checkpoint: TorchDist, shape: ModelShape, source: Path) -> list[Source]:
@@ -217,13 +225,6 @@ def _sharing(sources: Sequence[Source]) -> list[list[Source]]:
     return [list(group) for _, group in groupby(sources, key=lambda source: source.tensor.rows[0].name)]
 
 
-def _check_space(out: Path, needed: int) -> None:
-    folder = next(x for x in (out, *out.parents) if x.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(f"{out}: the export needs {needed} bytes, {free} are free there; give another path")
-
-
 def _adding(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
     counts = [0]
 
@@ -239,10 +240,11 @@ def _write_shard(
     path: Path,
     sources: list[Source],
     dtype: torch.dtype,
-    checkpoint: TorchDist,
-    report: Callable[[int], None],
+    checkpoint_dir: Path,
+    report: Report,
 ) -> None:
     """One safetensors file, tensor by tensor: length of the header, header as JSON, data."""
+    checkpoint = TorchDist(checkpoint_dir)
     shapes = hf_shapes(*(source.tensor for source in sources))
     dtypes = {name: source.written(dtype) for source in sources for name in hf_shapes(source.tensor)}
     ends = list(accumulate(prod(dims) * dtypes[name].itemsize for name, dims in shapes.items()))

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder: lazy, and checked before anything is read from them."""
+"""The weights of a Hugging Face folder, safetensors or .bin: lazy, and checked before anything is read from them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadpo.convert.config_json import no_duplicates, read_json
+from megadpo.convert.pickles import CODES, INDEX_BIN, WHOLE_BIN, read_pickle
+from megadpo.convert.torch_dist import TorchDist
 from megadpo.errors import ModelError
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,7 +36,8 @@ ITEM_BYTES = {
     "F8_E4M3": 1,
     "BOOL": 1,
 }
-READABLE = ("F32", "F16", "BF16")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READABLE = tuple(DTYPES)
 """What a weight may be stored as; the others are quantised or no weights."""
 LARGEST_HEADER = 100_000_000
 """The safetensors format's own limit, in bytes."""
@@ -119,30 +122,30 @@ class HFFiles:
 
     @cached_property
     def located(self) -> dict[str, str]:
-        """File of every tensor as it is stored; as transformers does it, model.safetensors comes before an index."""
-        if (self.folder / WHOLE).exists():
-            return dict.fromkeys(self.header(WHOLE).tensors, WHOLE)
-        if not (self.folder / INDEX).exists():
-            raise self._no_weights()
-        where = read_json(self.folder / INDEX).get("weight_map")
+        """File of every tensor as it is stored; as transformers does it, one file comes before an index, safetensors
+        before .bin."""
+        if (self.folder / self.source).exists() and self.source in (WHOLE, WHOLE_BIN):
+            return dict.fromkeys(self.header(self.source).tensors, self.source)
+        index = self.folder / self.source
+        suffix = ".bin" if self.source == INDEX_BIN else ".safetensors"
+        where = read_json(index).get("weight_map")
         if not isinstance(where, dict) or not where:
-            raise ModelError(f"{self.folder / INDEX}: has no weight_map that says which tensor is in which file")
+            raise ModelError(f"{index}: has no weight_map that says which tensor is in which file")
         for name, file in where.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
                 raise ModelError(
-                    f"{self.folder / INDEX}: {name} is said to be in {str(file)[:200]!r}; must be the "
-                    "name of a .safetensors file in the same folder"
+                    f"{index}: {name} is said to be in {str(file)[:200]!r}; must be the "
+                    f"name of a {suffix} file in the same folder"
                 )
         return where
 
-    def _no_weights(self) -> ModelError:
-        pickles = sorted(self.folder.glob("*.bin"))
-        if pickles:
-            return ModelError(
-                f"{self.folder}: has only {pickles[0].name}, a pickle, which could run code when read; "
-                "convert it: transformers' save_pretrained writes safetensors"
-            )
-        return ModelError(f"{self.folder}: has neither {WHOLE} nor {INDEX}")
+    @cached_property
+    def source(self) -> str:
+        """The file that says where the tensors are: an index, or the one file that holds them all."""
+        found = next((x for x in (WHOLE, INDEX, WHOLE_BIN, INDEX_BIN) if (self.folder / x).exists()), None)
+        if found is None:
+            raise ModelError(f"{self.folder}: has neither {WHOLE} nor {INDEX}, nor {WHOLE_BIN} or its index")
+        return found
 
     @property
     def files(self) -> list[str]:
@@ -151,23 +154,36 @@ class HFFiles:
 
     def header(self, file: str) -> Header:
         if file not in self._headers:
-            self._headers[file] = read_header(self.folder / file)
+            path = self.folder / file
+            self._headers[file] = self._pickle_header(file) if file.endswith(".bin") else read_header(path)
         return self._headers[file]
+
+    def _pickle_header(self, file: str) -> Header:
+        """A .bin file's tensors as a header; there is no order of bytes in it to speak of."""
+        tensors = self._open[file] = read_pickle(self.folder / file)
+        stored = {
+            name: Stored(CODES.get(x.dtype, str(x.dtype)), tuple(x.shape), 0, x.nbytes) for name, x in tensors.items()
+        }
+        return Header((self.folder / file).stat().st_size, 0, stored)
 
     def stored(self, name: str) -> Stored:
         """dtype, shape and place of one tensor."""
         file = self.located[name]
         tensors = self.header(file).tensors
         if name not in tensors:
-            raise ModelError(f"{self.folder / INDEX}: says that {name} is in {file}, which does not hold it")
+            raise ModelError(f"{self.folder / self.source}: says that {name} is in {file}, which does not hold it")
         return tensors[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What `slice` gives."""
+        return DTYPES[self.stored(name).dtype]
+
     def slice(self, name: str) -> Any:
-        """safetensors' slice of one tensor: index it to read just that part, as a CPU tensor of the stored
-        dtype.
-        """
+        """One tensor, not yet read: index it to read just that part, as a CPU tensor of the stored dtype."""
         HFFiles.stored(self, name)
         file = self.located[name]
+        if file.endswith(".bin"):
+            return self._open[file][name]
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, "pt")
@@ -210,7 +226,17 @@ class HFFiles:
                 if self.located.get(name) != file:
                     other = self.located.get(name)
                     said = f"says it is in {other}" if other else "does not name it"
-                    raise ModelError(f"{self.folder / file}: holds {name}, but {INDEX} {said}")
+                    raise ModelError(f"{self.folder / file}: holds {name}, but {self.source} {said}")
+
+
+def weights_warnings(folder: str | Path) -> list[str]:
+    """What to tell the user, a line each, where a folder's weights can be read but should not stay as they are."""
+    if is_imported(folder) or HFFiles(folder).source not in (WHOLE_BIN, INDEX_BIN):
+        return []
+    return [
+        f"warning    {folder}: has no safetensors, so its .bin files are read (weights only, no code is run); "
+        "safetensors are safer and can be checked before they are read"
+    ]
 
 
 def all_finite(values: Tensor) -> bool:
@@ -224,11 +250,11 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def some(what: str, names: list[str]) -> str:
-    """The first few names and how many more."""
+    """The first few names and how many more; what a damaged file calls a name stays on the line."""
     if not names:
         return ""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return what + ", ".join(names[:NAMED]) + more
+    return what + ", ".join(x if x.isprintable() else repr(x) for x in (x[:200] for x in names[:NAMED])) + more
 
 
 SAMPLES, SAMPLE_BYTES, TENSOR_BYTES = 64, 65536, 4096
@@ -237,19 +263,27 @@ SAMPLES, SAMPLE_BYTES, TENSOR_BYTES = 64, 65536, 4096
 def weights_digest(folder: str | Path) -> str:
     """sha256, hexadecimal, that tells one set of weights from another in seconds, whatever its size.
 
-    It covers config.json and, of every safetensors file: name, size, header, 64 blocks of 64 KiB evenly
-    spaced over its data, and 4 KiB from the middle of every tensor. Bytes between the samples are not read: a
-    full hash of 140 GB takes minutes. Training, merging or converting a model changes every sample of the
-    tensors that it touches.
+    It covers config.json and, of every file of weights: name, size, header (an imported folder's .metadata), 64
+    blocks of 64 KiB evenly spaced over its data, and 4 KiB from the middle of every tensor. Bytes between the samples
+    are not read: a full hash of 140 GB takes minutes. Training, merging or converting a model changes every sample of
+    the tensors that it touches.
     """
     digest = hashlib.sha256()
+    folder = Path(folder).expanduser()
     try:
-        for part in _identity(HFFiles(folder)):
+        for part in _of_checkpoint(folder) if is_imported(folder) else _identity(HFFiles(folder)):
             digest.update(struct.pack("<Q", len(part)))
             digest.update(part)
     except OSError as error:
         raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def is_imported(folder: str | Path) -> bool:
+    """Whether a model folder was written by `megadpo import`: config.json and tokenizer beside a checkpoint's
+    tensors."""
+    folder = Path(folder).expanduser()
+    return (folder / ".metadata").is_file() and (folder / "config.json").is_file()
 
 
 def _identity(files: HFFiles) -> Iterator[bytes]:
@@ -258,14 +292,35 @@ def _identity(files: HFFiles) -> Iterator[bytes]:
         header = files.header(name)
         yield name.encode()
         yield struct.pack("<Q", header.size)
-        with (files.folder / name).open("rb") as file:
-            yield file.read(header.data)
-            last = max(header.size - header.data - SAMPLE_BYTES, 0)
-            for sample in range(SAMPLES):
-                yield _at(file, header.data + last * sample // (SAMPLES - 1), SAMPLE_BYTES)
-            for tensor in header.tensors.values():
-                middle = (tensor.start + max(tensor.end - TENSOR_BYTES, tensor.start)) // 2
-                yield _at(file, header.data + middle, min(TENSOR_BYTES, tensor.end - middle))
+        middles = [(x.start, x.end) for x in header.tensors.values()] if name.endswith(".safetensors") else []
+        yield from _samples(files.folder / name, header.size, header.data, middles)
+        if not middles:
+            for tensor in header.tensors:
+                values = files.slice(tensor).reshape(-1)
+                middle = values[len(values) // 2 :][: TENSOR_BYTES // values.itemsize]
+                yield middle.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _of_checkpoint(folder: Path) -> Iterator[bytes]:
+    yield (folder / "config.json").read_bytes()
+    yield (folder / ".metadata").read_bytes()
+    for name, chunks in sorted(TorchDist(folder).extents().items()):
+        size = (folder / name).stat().st_size
+        yield name.encode()
+        yield struct.pack("<Q", size)
+        yield from _samples(folder / name, size, 0, chunks)
+
+
+def _samples(path: Path, size: int, data: int, tensors: list[tuple[int, int]]) -> Iterator[bytes]:
+    """The file's first `data` bytes, blocks of what follows, and the middle of each tensor [start, end) in it."""
+    with path.open("rb") as file:
+        yield file.read(data)
+        last = max(size - data - SAMPLE_BYTES, 0)
+        for sample in range(SAMPLES):
+            yield _at(file, data + last * sample // (SAMPLES - 1), SAMPLE_BYTES)
+        for start, end in tensors:
+            middle = (start + max(end - TENSOR_BYTES, start)) // 2
+            yield _at(file, data + middle, min(TENSOR_BYTES, end - middle))
 
 
 def _at(file: BinaryIO, offset: int, count: int) -> bytes:

@@ -1,4 +1,5 @@
-"""From a Hugging Face folder into this rank's parameters, reading only the slices that the rank owns.
+"""From a model folder, Hugging Face's or one that `megadpo import` wrote, into this rank's parameters, reading only the
+slices that the rank owns.
 
 There is no collective and no whole model in memory: Megatron-Core's sharded_state_dict says which rows and
 columns of which tensor every local parameter is, the family's table says which rows of which file those are.
@@ -7,14 +8,15 @@ columns of which tensor every local parameter is, the family's table says which 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megadpo.convert.families import HEAD, family_of, megatron_tensors
-from megadpo.convert.hf_files import HFFiles, all_finite
+from megadpo.convert.hf_files import HFFiles, all_finite, is_imported
+from megadpo.convert.imported import StoredWeights
 from megadpo.convert.quantised import open_folder
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import MegatronTensor, hf_shapes
@@ -25,8 +27,11 @@ def check_hf(shape: ModelShape, folder: str | Path) -> None:
     """Everything that can be wrong with a folder's files except NaN, from their headers alone.
 
     For one process, before any rank starts. ModelError lists what is missing, extra, misshapen or of a wrong
-    dtype, or names the file that is missing, cut off or damaged.
+    dtype, or names the file that is missing, cut off or damaged; CheckpointError does for an imported folder.
     """
+    if is_imported(folder):
+        StoredWeights(folder, shape)
+        return
     files = open_folder(folder)
     wanted = hf_shapes(*_in_files(shape).values())
     files.check_duplicates()
@@ -39,29 +44,39 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
 
     Rows that pad the vocabulary become 0. Tied models: the copy on the last pipeline stage is read from the
     embedding. ModelError as `check_hf` (names over the whole folder, shapes and dtypes of what this rank
-    reads), and for NaN or Inf in a weight; parameters may then be half filled. The head of a new reward model begins
-    with zeros: every reward is 0.
+    reads), and for NaN or Inf in a weight; CheckpointError for the same in an imported folder. Parameters may then be
+    half filled. The head of a new reward model begins with zeros: every reward is 0.
     """
-    files, tensors = open_folder(folder), megatron_tensors(shape)
+    tensors = megatron_tensors(shape)
     pieces = [piece for chunk in model_chunks for piece in _pieces(chunk)]
     unknown = sorted({piece.key for piece in pieces} - tensors.keys())
     if unknown:
         raise KeyError(f"the table of family {shape.family} has no row for the parameters {unknown}")
     for piece in pieces:
         _same_size(piece, tensors[piece.key])
-    here = _in_files(shape)
-    mine = hf_shapes(*(here[piece.key] for piece in pieces if piece.key in here))
-    files.check(hf_shapes(*here.values()), mine, _ignored(shape))
+    fill_piece = _reader(shape, folder, tensors, pieces)
     for piece in pieces:
         if shape.head == "new scalar" and piece.key == HEAD:
             piece.data.zero_()
-            continue
-        _fill(piece, tensors[piece.key], files)
-        _compare_tied(piece, tensors[piece.key], files, shape)
+        else:
+            fill_piece(piece)
     filled = sum(piece.data.numel() for piece in pieces if not tensors[piece.key].float32)  # those are buffers
     owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
     if filled != owned:
         raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
+
+
+def _reader(
+    shape: ModelShape, folder: str | Path, tensors: dict[str, MegatronTensor], pieces: Sequence[Any]
+) -> Callable[[Any], None]:
+    """What fills a piece from the folder, once the folder is known to hold what the pieces need."""
+    if (Path(folder).expanduser() / ".metadata").is_file():
+        stored = StoredWeights(folder, shape)
+        return lambda piece: stored.fill(piece.data, piece.key, piece.global_offset)
+    files, here = open_folder(folder), _in_files(shape)
+    mine = hf_shapes(*(here[piece.key] for piece in pieces if piece.key in here))
+    files.check(hf_shapes(*here.values()), mine, _ignored(shape))
+    return lambda piece: fill(piece, tensors[piece.key], files, shape)
 
 
 def _ignored(shape: ModelShape) -> str:
@@ -114,7 +129,8 @@ def _sources(piece: Any, tensor: MegatronTensor) -> Iterator[tuple[slice, str, t
         at += rows.count
 
 
-def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
+def fill(piece: Any, tensor: MegatronTensor, files: HFFiles, shape: ModelShape) -> None:
+    """Fill piece.data, the part of a whole Megatron tensor at piece.global_offset, from the Hugging Face files."""
     if tensor.padded:
         piece.data[max(tensor.shape[0] - piece.global_offset[0], 0) :] = 0
     for place, name, part in _sources(piece, tensor):
@@ -124,6 +140,7 @@ def _fill(piece: Any, tensor: MegatronTensor, files: HFFiles) -> None:
         if stacked := tensor.stacked:  # [1, (columns,) rows * step]
             values = values[0, ..., stacked.start :: stacked.step].t()
         piece.data[place].copy_(values)
+    _compare_tied(piece, tensor, files, shape)
 
 
 def _compare_tied(piece: Any, tensor: MegatronTensor, files: HFFiles, shape: ModelShape) -> None:

@@ -17,7 +17,7 @@ import pathlib
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -54,6 +54,34 @@ def read_metadata(file: IO[bytes]) -> Any:
     return _MetadataUnpickler(file).load()
 
 
+class Window(io.RawIOBase):
+    """Part of a file as a file of its own, so that a chunk is read once and straight to where it stays."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        view = memoryview(buffer).cast("B")
+        count = self._file.readinto(view[: max(self._length - self._at, 0)])  # type: ignore[attr-defined]
+        self._at += count
+        return int(count)
+
+
 class TorchDist:
     """A checkpoint folder. CheckpointError names the folder or file and what is wrong with it."""
 
@@ -86,12 +114,32 @@ class TorchDist:
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
 
+    def extents(self) -> dict[str, list[tuple[int, int]]]:
+        """Where stored chunks begin and end in each file, in bytes."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for place in self._places.values():
+            if not _plain(place):
+                raise CheckpointError(
+                    f"{self.folder}: .metadata names {place.relative_path!r}, not a file of the folder"
+                )
+            found.setdefault(place.relative_path, []).append((place.offset, place.offset + place.length))
+        return {name: sorted(chunks) for name, chunks in found.items()}
+
     def read(self, key: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of a stored tensor that begins at `start`, as a new CPU tensor [*size] of the stored dtype.
 
         At most one stored chunk is in memory beside the box.
         """
+        for chunk in self.tensors[key].chunks:
+            if tuple(chunk.offsets) == tuple(start) and tuple(chunk.sizes) == tuple(size):
+                return self._chunk(key, chunk)
         box = torch.empty(tuple(size), dtype=self.dtype(key))
+        self.read_into(box, key, start)
+        return box
+
+    def read_into(self, box: Tensor, key: str, start: Sequence[int]) -> None:
+        """Fill `box` with the part of a stored tensor that begins at `start` and is as large, in the box's dtype."""
+        size = box.shape
         covered = 0
         for chunk in self.tensors[key].chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
@@ -103,18 +151,16 @@ class TorchDist:
             covered += math.prod(b - a for a, b in zip(low, high, strict=True))
         if covered != box.numel():
             raise CheckpointError(f"{self.folder}: {key} is incomplete: {covered} of {box.numel()} values are there")
-        return box
 
     def _chunk(self, key: str, chunk: metadata.ChunkStorageMetadata) -> Tensor:
         place = self._places.get(metadata.MetadataIndex(key, chunk.offsets))
-        if place is None or Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+        if place is None or not _plain(place):
             raise CheckpointError(f"{self.folder}: .metadata does not say where {key} {list(chunk.offsets)} lies")
         path = self.folder / place.relative_path
         try:
             with path.open("rb") as file:
-                file.seek(place.offset)
-                data = file.read(place.length)
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                window: Any = Window(file, place.offset, place.length)
+                tensor = torch.load(window, map_location="cpu", weights_only=True)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         except Exception as error:  # torch.load raises several kinds on damaged bytes
@@ -123,6 +169,11 @@ class TorchDist:
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise CheckpointError(f"{path}: {key}: what is stored is not {list(chunk.sizes)}")
         return tensor
+
+
+def _plain(place: Any) -> bool:
+    """Whether a chunk is said to lie, as it is, in a file of the folder itself."""
+    return Path(place.relative_path).name == place.relative_path and not place.transform_descriptors
 
 
 def _slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -180,7 +180,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise TokenizerError(f"{folder}: no such folder or .model file; set data.tokenizer to one")
-    files = sorted({file for pattern in FILES for file in folder.glob(pattern)})
+    files = sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()})
     if not files:
         raise TokenizerError(
             f"{folder}: no tokenizer here (tokenizer.json, tokenizer.model ...); set data.tokenizer to a "

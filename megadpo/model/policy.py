@@ -67,8 +67,11 @@ class Policy(GPTModel):
             return hidden_TD
         return self.output_layer(hidden_TD, batch.rows_N, batch.targets_N, self.tied_weight())
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """Output of this stage's layers, [T, 1, D] (T / tensor ranks under sequence parallelism)."""
+    def hidden_states(self, batch: PackedBatch, positions: int | None = None) -> Tensor:
+        """Output of this stage's layers, [T, 1, D] (T / tensor ranks under sequence parallelism).
+
+        positions: one more than the largest in batch.positions_T, where that is over T.
+        """
         # Later stages get their input from the pipeline schedule, through set_input_tensor.
         hidden_TD = self.embedded(batch.tokens_T) if self.pre_process else None
         window = self.shape.window.size if self.shape.window else None
@@ -79,7 +82,9 @@ class Policy(GPTModel):
         return self.decoder(
             hidden_states=hidden_TD,
             attention_mask=None,
-            rotary_pos_emb=None if params.rotary else self.rotary(batch.positions_T),
+            rotary_pos_emb=None
+            if params.rotary
+            else self.rotary(batch.positions_T, positions or len(batch.positions_T)),
             packed_seq_params=params,
         )
 
@@ -88,9 +93,11 @@ class Policy(GPTModel):
         hidden_TD = self.embedding(tokens_T[None], None)
         return hidden_TD if self.embedding_scale is None else hidden_TD * self.embedding_scale
 
-    def rotary(self, positions_T: Tensor) -> Tensor:
-        """Angles [T, 1, 1, W] of every row by its position; with two rotary bases those of both, [2, T, 1, 1, W]."""
-        table = self.rotary_pos_emb(len(positions_T), packed_seq=True)[positions_T]
+    def rotary(self, positions_T: Tensor, positions: int) -> Tensor:
+        """Angles [T, 1, 1, W] of every row by its position; with two rotary bases those of both, [2, T, 1, 1, W].
+
+        positions: one more than the largest."""
+        table = self.rotary_pos_emb(positions, packed_seq=True)[positions_T]
         if self.local_frequencies is None:
             return table
         return torch.stack([table, angles(positions_T, self.local_frequencies)])

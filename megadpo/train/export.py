@@ -9,10 +9,12 @@ from pathlib import Path
 from megadpo import checkpoint
 from megadpo.config import Config
 from megadpo.convert.exporter import Reward, export_hf
+from megadpo.convert.small_files import small_files
 from megadpo.data.tokenizer import load_tokenizer, padding_id, tokenizer_files
-from megadpo.errors import StorageError
+from megadpo.errors import StorageError, TokenizerError
 from megadpo.files import storage_errors, write_text
 from megadpo.observe.progress import Screen, Terminal
+from megadpo.train.card import run_card
 
 TEMPLATE = "chat_template.jinja"
 OF_THE_MODEL = (TEMPLATE, "tokenizer_config.json")
@@ -56,8 +58,8 @@ def keep_template(config: Config, source: str) -> None:
         write_text(Path(config.run_dir).expanduser() / TEMPLATE, tokenizer.chat_template)
 
 
-def export(config: Config, source: Path, out: Path, replace: bool = False) -> None:
-    """Write checkpoint `source` as the Hugging Face folder `out`; one process, no process group.
+def export(config: Config, source: Path, out: Path, replace: bool = False, processes: int = 1) -> None:
+    """Write checkpoint `source` as the Hugging Face folder `out`; no process group, `processes` writers.
 
     The tokenizer is the one that was trained with, the model's own or data.tokenizer. replace: an older `out` goes once
     the new one is whole; else a folder that is not empty is a StorageError.
@@ -79,16 +81,33 @@ def export(config: Config, source: Path, out: Path, replace: bool = False) -> No
             int(config.export.max_shard_size_gb * 1e9),
             lambda done, total: task.to(100 * done // total),
             reward,
+            processes,
+            beside_the_weights(config, source),
         )
-        if config.data.tokenizer:
-            for stale in fresh.glob("token*"):
-                stale.unlink()
-            for file in tokenizer_files(Path(config.data.tokenizer).expanduser()):
-                shutil.copyfile(file, fresh / ("tokenizer.model" if file.suffix == ".model" else file.name))
-        template = Path(config.run_dir).expanduser() / TEMPLATE
-        if template.is_file():
-            shutil.copyfile(template, fresh / TEMPLATE)
         if replace:
             shutil.rmtree(out, ignore_errors=True)
             fresh.replace(out)
     screen.line(f"{source} exported to {out}")
+
+
+def beside_the_weights(config: Config, source: Path) -> dict[str, Path | str]:
+    """The files of an export beside weights and config.json: the model's own, the tokenizer and template trained with,
+    and the model card."""
+    files: dict[str, Path | str] = {**small_files(config.model.path)}
+    if config.data.tokenizer:
+        own = {file.name for file in tokenizer_files_of(Path(config.model.path).expanduser())}
+        files = {name: file for name, file in files.items() if name not in own}
+        for file in tokenizer_files(Path(config.data.tokenizer).expanduser()):
+            files["tokenizer.model" if file.suffix == ".model" else file.name] = file
+    template = Path(config.run_dir).expanduser() / TEMPLATE
+    if template.is_file():
+        files[TEMPLATE] = template
+    return files | {"README.md": run_card(config, source)}
+
+
+def tokenizer_files_of(folder: Path) -> list[Path]:
+    """The tokenizer's files of a model folder, which need not have one."""
+    try:
+        return tokenizer_files(folder)
+    except TokenizerError:
+        return []

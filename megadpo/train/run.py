@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.convert.hf_files import weights_digest
+from megadpo.convert.hf_files import weights_digest, weights_warnings
 from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import stream_tokens
@@ -180,6 +180,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     tokens = stream_tokens(inputs.train, stream.share, stream.scalar)
     return [
         *package_warnings(versions()),
+        *weights_warnings(config.model.path),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",
         f"grid       {grid_text}",

@@ -265,13 +265,6 @@ def test_broken_index(text: str, sharded: Path) -> None:
     assert INDEX in refused(sharded)
 
 
-def test_only_pickles(whole: Path) -> None:
-    (whole / WHOLE).rename(whole / "pytorch_model.bin")
-    message = refused(whole)
-    assert "only pytorch_model.bin, a pickle" in message
-    assert "safetensors" in message
-
-
 def test_no_weights_at_all(whole: Path) -> None:
     (whole / WHOLE).unlink()
     assert f"has neither {WHOLE} nor {INDEX}" in refused(whole)
