@@ -333,10 +333,10 @@ def digest(state: Any) -> str:
 
 
 def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resumes:
-    """Runs that are killed three times each at random instants; compared with one that never stopped: every step's
+    """Runs that are killed three times each at random steps; compared with one that never stopped: every step's
     groups, loss and gradient norm, and at the end weights, masters and moments, all to the bit."""
     case, chance = tiny_case(folder / "model"), random.Random(seed)
-    *whole, usual = follow(case, folder / "whole", 2, None)
+    whole = follow(case, folder / "whole", 2, None)
     result, end = Resumes(), time.monotonic() + seconds
     counts = Counter(group for line in whole[0].values() for group in line.split()[0].split(","))
     if set(counts.values()) != {EPOCHS} or len(counts) != GROUPS:
@@ -345,10 +345,10 @@ def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resum
         run_dir, every = folder / f"run-{result.runs}", chance.choice((1, 2, 3))
         steps: dict[int, str] = {}
         for attempt in range(60):
-            # in a loaded machine a run may be killed before its first step; it counts as a resume only after one
-            budget = chance.uniform(0, usual) if attempt < 3 else None
-            lines, last, _ = follow(case, run_dir, every, budget)
-            result.resumes += attempt > 0 and bool(checkpoint.checkpoints(run_dir))
+            kill_after = (chance.randint(1, 5), chance.uniform(0, 0.2)) if attempt < 3 else None
+            before = bool(checkpoint.checkpoints(run_dir))
+            lines, last = follow(case, run_dir, every, kill_after)
+            result.resumes += before
             for step, line in lines.items():
                 if whole[0][step] != line:
                     result.different.append(f"run {result.runs}, step {step}: {line} is not {whole[0][step]}")
@@ -361,18 +361,21 @@ def kill_and_resume(folder: Path, runs: int, seconds: float, seed: int) -> Resum
     return result
 
 
-def follow(case: Case, run_dir: Path, every: int, kill_after: float | None) -> tuple[dict[int, str], str, float]:
-    """Run to the end or the kill: (what each step said, the digest at the end or nothing, seconds of it)."""
+def follow(case: Case, run_dir: Path, every: int, kill_after: tuple[int, float] | None) -> tuple[dict[int, str], str]:
+    """Run to the end, or to the kill so many steps and then so many seconds later: (what each step said, the digest at
+    the end or nothing)."""
     child, reading = start(case, train_on, run_dir, every)
-    first = said_line(reading)
-    assert first is not None, "the run failed to start"
-    began = time.monotonic()
-    lines = said(reading, 600 if kill_after is None else kill_after)
-    seconds = time.monotonic() - began
+    lines = []
+    while (line := said_line(reading)) is not None:
+        lines.append(line)
+        if kill_after is not None and sum(line.startswith("step") for line in lines) >= kill_after[0]:
+            lines += said(reading, kill_after[1])
+            break
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     lines += said(reading, 1)
     os.close(reading)
+    assert lines, "the run failed to start"
     steps = {int(line.split()[1]): line.split(maxsplit=2)[2] for line in lines if line.startswith("step")}
     ends = [line.split()[1] for line in lines if line.startswith("end")]
-    return steps, ends[0] if ends else "", seconds
+    return steps, ends[0] if ends else ""
