@@ -54,7 +54,7 @@ def packed(device: torch.device, case: Case) -> dict[str, Any]:
         responses = [(g, k) for g, x in enumerate(case.store.groups) for k in range(len(x.response_ids))]
         weights = torch.tensor([weight(g, k) for g, k in responses])
         state.chunks[0].zero_grad_buffer()
-        (response_sums(logprob, batch) * weights).sum().backward()
+        (response_sums(logprob, batch, "auto") * weights).sum().backward()
         gradients = {name: p.main_grad.clone() for name, p in policy.named_parameters()}
         return {"logprob": logprob.detach(), "sizes": batch.tokens_S, "gradients": gradients}
 

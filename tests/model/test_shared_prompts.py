@@ -67,7 +67,7 @@ def weighted(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Ten
     """An objective that treats every response differently; it counts groups."""
     sizes = batch.offsets_G1.diff().tolist()
     weights = [weight(g, k) for g, size in zip(batch.groups, sizes, strict=True) for k in range(size)]
-    loss = (response_sums(logprob_N, batch) * torch.tensor(weights)).sum()
+    loss = (response_sums(logprob_N, batch, "auto") * torch.tensor(weights)).sum()
     return loss, torch.tensor(len(batch.groups), dtype=torch.int), loss.detach()
 
 
