@@ -51,9 +51,14 @@ def wrongs(source: str) -> list[str]:
     return found
 
 
+ALLOWED = {"tools/mutants.py": ["exec"]}
+"""It runs our own source with a mistake put in; never what someone gives it."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_unsafe_call(path: Path) -> None:
-    assert wrongs(path.read_text()) == []
+    allowed = ALLOWED.get(str(path.relative_to(ROOT)), [])
+    assert [wrong.partition(": ")[2] for wrong in wrongs(path.read_text())] == allowed
 
 
 def test_the_check_itself() -> None:
@@ -74,7 +79,8 @@ def test_the_check_itself() -> None:
 
 def test_wall_clock_is_used_for_nothing_that_counts() -> None:
     """A clock that jumps cannot stop or fool a run: durations come from the monotonic clock."""
-    allowed = {"megadpo/launch/join.py"}  # compares with a file's time, which is the wall clock's
+    # both compare with files' times, which are the wall clock's, and only for what is shown
+    allowed = {"megadpo/launch/join.py", "megadpo/launch/status.py"}
     users = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "megadpo").rglob("*.py")

@@ -9,7 +9,7 @@ import pytest
 from megadpo.cli import main
 from megadpo.config import Config
 from megadpo.config.schema import field_types, optional
-from megadpo.objectives import OBJECTIVES, Objective
+from megadpo.objectives import DPO, Objective
 
 BASE = "run_dir: {folder}/run\nmodel: {{path: {folder}/model}}\ndata: {{train: {folder}/pairs.jsonl}}\n"
 
@@ -60,7 +60,7 @@ def leaves() -> list[tuple[str, Any]]:
     found = []
     for name, kind in field_types(Config).items():
         if kind is Objective:
-            found += [(f"objective.{key}", kind) for key, kind in field_types(OBJECTIVES["dpo"]).items()]
+            found += [(f"objective.{key}", kind) for key, kind in field_types(DPO).items()]
         elif hasattr(kind, "__dataclass_fields__"):
             found += [(f"{name}.{key}", kind) for key, kind in field_types(kind).items()]
         else:

@@ -62,12 +62,12 @@ def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path
 
     original = loop.train_step
 
-    def step(state: Any, batches: Any, objective: Any, reference: Any, context: Any) -> Any:
+    def step(state: Any, batches: Any, objective: Any, reference: Any, context: Any, mismatched: Any) -> Any:
         if state.step + 1 == number and rank in (None, context.rank) and not (once and once.exists()):
             if once:
                 once.touch()
             act(context)
-        return original(state, batches, objective, reference, context)
+        return original(state, batches, objective, reference, context, mismatched)
 
     loop.train_step = step
     try:
@@ -209,33 +209,32 @@ def test_asked_to_stop(run: Run, signum: signal.Signals) -> None:
 def poisoned(groups: set[int], rank: int, value: float, where: str) -> Iterator[None]:
     """Micro-batches with any of these groups give `value` on this rank: in the loss, in one gradient, or in the
     reference's log-probabilities."""
-    import megadpo.train.nonfinite as nonfinite
     import megadpo.train.step as step
 
     original = step.objective_of
 
-    def objective_of(objective: Any) -> Any:
-        inner = original(objective)
+    def objective_of(objective: Any, shared: Any) -> Any:
+        inner = original(objective, shared)
 
-        def on_last_stage(batch: Any, sums_S: Any) -> Any:
+        def on_last_stage(batch: Any, logprob_N: Any) -> Any:
             if torch.distributed.get_rank() == rank and groups & set(batch.groups):
                 if where == "reference":
                     batch.reference_S.fill_(value)
-                loss, count, totals = inner(batch, sums_S)
+                loss, count, totals = inner(batch, logprob_N)
                 if where == "loss":
                     loss, totals = loss * value, torch.cat([totals[:1] * value, totals[1:]])
                 if where == "gradient" and loss.requires_grad:
                     loss.register_hook(lambda gradient: gradient * value)
                 return loss, count, totals
-            return inner(batch, sums_S)
+            return inner(batch, logprob_N)
 
         return on_last_stage
 
-    step.objective_of = nonfinite.objective_of = objective_of
+    step.objective_of = objective_of
     try:
         yield
     finally:
-        step.objective_of = nonfinite.objective_of = original
+        step.objective_of = original
 
 
 def groups_of_step(run: Run, number: int) -> list[int]:
@@ -310,10 +309,10 @@ def test_a_fault_that_does_not_come_again_is_the_machine_s(run: Run, capfd: pyte
     original = step.total
 
     def total(results: Any, objective: Any, context: Any) -> Any:
-        sums = original(results, objective, context)
+        totals = original(results, objective, context)
         if (run.run_dir / "metrics.jsonl").exists() and len(metrics(run.run_dir)) == 2 and context.data_size == 1:
-            return step.Sums(float("nan"), sums.metrics, sums.groups, sums.tokens)
-        return sums
+            totals[0] = float("nan")
+        return totals
 
     step.total = total
     try:
