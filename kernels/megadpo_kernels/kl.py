@@ -37,8 +37,9 @@ def linear_kl(
 
     Inputs as of `linear_logprob`, for two heads over the same vocabulary, split alike; their hidden sizes (D, E) and
     dtypes may differ. reference_hidden_NE: of the scored rows alone, in their order, whole on every rank (`scored_rows`
-    gives them): it is kept from another model's pass, and a stream has other rows, too. The gradient goes to hidden and weight as in `linear_logprob`; the reference gets none. Logits of
-    both heads exist for `chunk` rows at once and are computed again in the backward pass.
+    gives them): it is kept from another model's pass, and a stream has other rows, too. The gradient goes to hidden and
+    weight as in `linear_logprob`; the reference gets none. Logits of both heads exist for `chunk` rows at once and are
+    computed again in the backward pass.
 
     Collectives: one all-gather of float32 [5, N], plus one of hidden under sequence parallelism; backward one
     all-reduce (reduce-scatter) of hidden's gradient. Back ends: reference and chunked (auto). Raises ValueError for
