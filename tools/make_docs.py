@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megadpo.config.check import NOT_GIVEN
 from megadpo.config.schema import json_schema
 from megadpo.objectives.mixes import Mix
 from megadpo.objectives.names import ALIASES, AMBIGUOUS, OBJECTIVES, aliases_of
@@ -75,8 +74,9 @@ NEEDS = {
     "reference_N": "the reference's log-probability of each token (`reference.mode: resident`)",
     "body_N": "which tokens are formatting",
     "collision_N": "the sum of squared probabilities at each token",
-    "kl_N": "the KL to the reference at each token",
-    "rival_N": "tokens from the policy's top k",
+    "kl_N": "the KL to the reference at each token (`reference.mode: resident`, of the policy's vocabulary; keeps the "
+    "reference's hidden state of each scored token of the batch; `model.logprob_backend` not `triton`)",
+    "rival_N": "another token from the policy's top k at each token",
 }
 
 
@@ -92,8 +92,7 @@ def needs(kind: type) -> list[str]:
         words.append("a scalar head")
     if own.whole_batch:
         words.append("one more forward pass (the formula looks across the global batch)")
-    unready = own.needs & NOT_GIVEN.keys()
-    return [*words, "**refused at start: not wired into the trainer yet**"] if unready else words
+    return words
 
 
 def objective_page(schema: dict[str, Any]) -> str:

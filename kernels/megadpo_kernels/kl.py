@@ -6,7 +6,7 @@ KL(reference || policy) = sum over the vocabulary of p_ref (log p_ref - log p_po
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from megadpo_kernels.shard import PLAIN, LogitOptions, VocabShard
 def linear_kl(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    reference_hidden_TE: Tensor,
+    reference_hidden_NE: Tensor,
     reference_weight_VE: Tensor,
     shard: VocabShard,
     *,
@@ -36,10 +36,12 @@ def linear_kl(
     """KL(reference || policy) of every scored row in nats, float32 [N], the same on every rank.
 
     Inputs as of `linear_logprob`, for two heads over the same vocabulary, split alike; their hidden sizes (D, E) and
-    dtypes may differ. The gradient goes to hidden and weight as in `linear_logprob`; the reference gets none. Logits of
-    both heads exist for `chunk` rows at once and are computed again in the backward pass.
+    dtypes may differ. reference_hidden_NE: of the scored rows alone, in their order, whole on every rank (`scored_rows`
+    gives them): it is kept from another model's pass, and a stream has other rows, too. The gradient goes to hidden and
+    weight as in `linear_logprob`; the reference gets none. Logits of both heads exist for `chunk` rows at once and are
+    computed again in the backward pass.
 
-    Collectives: one all-gather of float32 [5, N], plus one of each hidden under sequence parallelism; backward one
+    Collectives: one all-gather of float32 [5, N], plus one of hidden under sequence parallelism; backward one
     all-reduce (reduce-scatter) of hidden's gradient. Back ends: reference and chunked (auto). Raises ValueError for
     another one, and for shapes and dtypes that cannot work.
     """
@@ -48,19 +50,20 @@ def linear_kl(
     whole = len(hidden_TD) * (shard.ranks if shard.sequence_parallel else 1)
     targets_N = torch.empty(whole if rows_N is None else len(rows_N), dtype=torch.int64, device="meta")
     check(hidden_TD, weight_VD, targets_N, shard, rows_N)
-    check(reference_hidden_TE, reference_weight_VE, targets_N, shard, rows_N)
+    whole_rows = replace(shard, sequence_parallel=False)
+    check(reference_hidden_NE, reference_weight_VE, targets_N, whole_rows, None)
     if len(weight_VD) != len(reference_weight_VE):
         raise ValueError(f"weights have {len(weight_VD)} and {len(reference_weight_VE)} rows: need the same")
     if backend == "reference":
         ours_NV = reference.distributions(hidden_TD, weight_VD, rows_N, shard, options)
         with torch.no_grad():
-            theirs_NV = reference.distributions(reference_hidden_TE, reference_weight_VE, rows_N, shard, options)
+            theirs_NV = reference.distributions(reference_hidden_NE, reference_weight_VE, None, whole_rows, options)
         return (theirs_NV.exp() * (theirs_NV - ours_NV)).sum(-1).float()
     chunk = limits(shard.columns(len(weight_VD)), hidden_TD.device)[0] if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: need at least 1 row")
     settings = _Settings(shard, options, chunk)
-    return _ChunkedKL.apply(hidden_TD, weight_VD, reference_hidden_TE, reference_weight_VE, rows_N, settings)
+    return _ChunkedKL.apply(hidden_TD, weight_VD, reference_hidden_NE, reference_weight_VE, rows_N, settings)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class _ChunkedKL(torch.autograd.Function):
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
-        reference_hidden_TE: Tensor,
+        theirs_NE: Tensor,
         reference_weight_VE: Tensor,
         rows_N: Tensor | None,
         settings: _Settings,
@@ -84,7 +87,6 @@ class _ChunkedKL(torch.autograd.Function):
         shard = settings.shard
         columns = shard.columns(len(weight_VD))
         hidden_ND = scored_rows(hidden_TD, rows_N, shard)
-        theirs_NE = scored_rows(reference_hidden_TE, rows_N, shard)
         stats_5N = no_column([LOWEST, 0.0, LOWEST, 0.0, 0.0], hidden_ND)
         for rows in chunks(len(hidden_ND), settings.chunk) if columns else ():
             z_MV = _z(hidden_ND[rows], weight_VD[:columns], settings.options)

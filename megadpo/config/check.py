@@ -42,16 +42,15 @@ def _objective(config: Config) -> list[str]:
     if found:
         return found  # a mix with a wrong part may not be able to say what it needs
     name = name_of(objective)
-    missing = [NOT_GIVEN[need] for need in sorted(objective.needs) if need in NOT_GIVEN]
-    if missing:
-        found.append(
-            f"objective.loss_type = {name}: needs {' and '.join(missing)}, which the trainer does not give yet; take "
-            "an objective without (docs/objectives.md says what each needs)"
-        )
-    if "reference_N" in objective.needs and config.reference.mode != "resident":
+    if objective.needs & {"reference_N", "kl_N"} and config.reference.mode != "resident":
         found.append(
             f"reference.mode = {config.reference.mode}: objective.loss_type {name} looks at single tokens and the "
             "stored column has one number per response; set reference.mode: resident"
+        )
+    if "kl_N" in objective.needs and config.model.logprob_backend == "triton":
+        found.append(
+            f"model.logprob_backend = triton: has no KL between two heads, which objective.loss_type {name} needs; "
+            "must be auto, chunked or reference"
         )
     return found
 
@@ -72,14 +71,6 @@ def _kinds(config: Config) -> list[str]:
             "or use labels look at the answer only; leave it out"
         )
     return found
-
-
-NOT_GIVEN = {
-    "collision_N": "the sum of squared probabilities from the head",
-    "kl_N": "the KL to the reference at every token from the head",
-    "rival_N": "tokens drawn from the policy's top k from the head",
-}
-"""Fields of Sequences that nothing in the trainer fills yet, in words."""
 
 
 def _sizes(config: Config) -> list[str]:

@@ -61,6 +61,8 @@ class PackedBatch:
     """Rows that are not padding."""
     reference_N: Tensor | None = None
     """float32, log-probability of each scored token under the reference, where the objective looks at tokens."""
+    reference_hidden_NE: Tensor | None = None
+    """The reference's last hidden states of rows_N, in its dtype, where the objective looks at whole distributions."""
     labels_S: Tensor | None = None
     """bool, whether each response is a desirable one, where the data have labels."""
     scores_S: Tensor | None = None

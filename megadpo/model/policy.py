@@ -13,7 +13,7 @@ from torch import Tensor
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.attention import Backend, stream_params
-from megadpo.model.head import LogprobHead
+from megadpo.model.head import NOTHING, Asked, HeadOutput, LogprobHead
 from megadpo.model.reward import RewardHead
 from megadpo.model.rope import angles, cosines_and_sines, inverse_frequencies, local_frequencies
 
@@ -59,13 +59,13 @@ class Policy(GPTModel):
             )
         super().setup_embeddings_and_output_layer()
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Log-probabilities (of a reward model, rewards) float32 [N] on the last stage, hidden states [T, 1, D] for the
-        next stage elsewhere."""
+    def forward(self, batch: PackedBatch, asked: Asked = NOTHING) -> HeadOutput | Tensor:
+        """Log-probabilities (of a reward model, rewards) of the scored tokens, and what else is asked for, on the last
+        stage; hidden states [T, 1, D] for the next stage elsewhere."""
         hidden_TD = self.hidden_states(batch)
         if not self.post_process:
             return hidden_TD
-        return self.output_layer(hidden_TD, batch.rows_N, batch.targets_N, self.tied_weight())
+        return self.output_layer(hidden_TD, batch, self.tied_weight(), asked)
 
     def hidden_states(self, batch: PackedBatch, positions: int | None = None) -> Tensor:
         """Output of this stage's layers, [T, 1, D] (T / tensor ranks under sequence parallelism).
@@ -107,3 +107,10 @@ class Policy(GPTModel):
         if self.pre_process and self.share_embeddings_and_output_weights:
             return self.embedding.word_embeddings.weight
         return None
+
+    def head_weight(self) -> Tensor | None:
+        """The head's weight, this rank's part [V, D]; None on a stage without a head."""
+        if not self.post_process:
+            return None
+        tied = self.tied_weight()
+        return self.output_layer.weight if tied is None else tied

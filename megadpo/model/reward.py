@@ -7,6 +7,9 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from megadpo.data.batch import PackedBatch
+from megadpo.model.head import NOTHING, Asked, HeadOutput
+
 
 class RewardHead(MegatronModule):
     """r = w h, float32, w [1, D] whole on every tensor-parallel rank (checkpoint key as Megatron-Core's output layer).
@@ -20,15 +23,18 @@ class RewardHead(MegatronModule):
         device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
 
-    def forward(self, hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, weight: Tensor | None) -> Tensor:
-        """hidden [T, 1, D] (T / tensor ranks under sequence parallelism) -> float32 rewards [N] at rows_N.
+    def forward(
+        self, hidden_TD: Tensor, batch: PackedBatch, weight: Tensor | None, asked: Asked = NOTHING
+    ) -> HeadOutput:
+        """hidden [T, 1, D] (T / tensor ranks under sequence parallelism) -> float32 rewards [N] at the batch's rows_N.
 
-        targets_N and weight are the log-probability head's; a reward needs neither.
+        weight and what is asked for are the log-probability head's; a reward has neither.
         """
+        assert asked == NOTHING, "a reward has no distribution over tokens"
         if self.config.sequence_parallel:
             # Backward only takes this rank's rows: every rank has the whole gradient.
             hidden_TD = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_TD, tensor_parallel_output_grad=False
             )
-        picked_ND = hidden_TD.flatten(0, 1)[rows_N]
-        return (picked_ND.float() @ self.weight.float().t())[:, 0]
+        picked_ND = hidden_TD.flatten(0, 1)[batch.rows_N]
+        return HeadOutput((picked_ND.float() @ self.weight.float().t())[:, 0])

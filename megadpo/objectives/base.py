@@ -161,6 +161,10 @@ class Objective(Protocol):
         """Whether policy_S are log-probabilities, or the rewards of a scalar head."""
 
     @property
+    def top_k(self) -> int | None:
+        """From how many of the policy's likeliest tokens `rival_N`'s are drawn; None where it is not needed."""
+
+    @property
     def responses(self) -> int | None:
         """How many responses a group must have; None: any number."""
 
@@ -204,6 +208,10 @@ class Formula:
     @property
     def needs_reference(self) -> bool:
         return bool(self.needs & FROM_REFERENCE)
+
+    @property
+    def top_k(self) -> int | None:
+        return None
 
     def problems(self) -> list[str]:
         return []

@@ -41,6 +41,10 @@ class Mix:
         return bool(self.needs & FROM_REFERENCE)
 
     @property
+    def top_k(self) -> int | None:
+        return next((part.top_k for part in self.parts if part.top_k is not None), None)
+
+    @property
     def head(self) -> Literal["logprob", "scalar"]:
         return self.parts[0].head
 
@@ -87,6 +91,8 @@ class Mix:
             )
         if len({part.head for part in self.parts}) > 1:
             found.append("objective.parts: a reward model's loss does not mix with a policy's")
+        if len({part.top_k for part in self.parts} - {None}) > 1:
+            found.append("objective.parts: one token is drawn for all parts; give them the same top_k")
         for number, part in enumerate(self.parts):
             found += [
                 text.replace("objective.", f"objective.parts {number + 1} (loss_type {type(part).__name__}): ", 1)

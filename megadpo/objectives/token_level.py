@@ -168,8 +168,8 @@ class Cringe(Pairwise):
     """Pairwise cringe: likelihood of the chosen response, and each rejected token against one the policy likes better.
 
     Formula: g [-log p(y_w) + a sum_t -log(exp(k_t) / (exp(k_t) + exp(l_t)))]; l_t: the logit of the rejected token, k_t
-    that of a token drawn from the policy's top k; g = s((c - M) / t), M = log p(y_w) - log p(y_l), without gradient; a
-    = alpha, c = bias, t = temperature
+    that of another token, drawn by the policy's probabilities from its top k; g = s((c - M) / t), M = log p(y_w) -
+    log p(y_l), without gradient; a = alpha, c = bias, t = temperature
 
     Paper: Xu et al. 2023 (arXiv 2312.16682). Logits enter by differences only, so log-probabilities do as well.
 
@@ -182,12 +182,16 @@ class Cringe(Pairwise):
     """The margin in nats at which a pair counts half."""
     temperature: float = 10.0
     """Softness of that gate, in nats."""
+    top_k: int = 5
+    """How many of the policy's likeliest tokens, the scored one left out, the other token is drawn from."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"policy_N", "rival_N"})
 
     def problems(self) -> list[str]:
         return self.must(
-            alpha=(self.alpha >= 0, "at least 0"), temperature=(self.temperature > 0, "over 0; 10 is usual")
+            alpha=(self.alpha >= 0, "at least 0"),
+            temperature=(self.temperature > 0, "over 0; 10 is usual"),
+            top_k=(self.top_k >= 1, "at least 1"),
         )
 
     def rewards(self, pairs: Pairs) -> Tensor:

@@ -15,7 +15,7 @@ from megadpo.objectives import Objective, Sequences
 from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.listwise import table
 from megadpo.parallel.context import ParallelContext
-from megadpo.train.passes import Shared, forward, global_counts, kernels_of, mean_ratio, with_reference
+from megadpo.train.passes import Shared, asked_of, forward, global_counts, kernels_of, mean_ratio, with_reference
 from megadpo.train.step import Sums, read, total, totals_across, totals_of
 
 BINS = 10
@@ -39,14 +39,16 @@ def evaluate(
     is measured besides.
     """
     drift = _drift(chunks, held_out, reference, per_pass, context, on_pass)
+    # tokens are drawn alike in every evaluation
+    shared = Shared(None, drift, kernels_of(chunks), asked_of(objective, reference, seed=0, consumed=0))
     kept: list[Sequences] = []
     for start in range(0, len(held_out.stream.store), per_pass):
         on_pass()
         groups = np.arange(start, min(start + per_pass, len(held_out.stream.store)))
         batches = held_out.stream.batches(groups, context.data_rank, held_out.column)
         if reference is not None:
-            batches = with_reference(reference, batches, context)
-        kept += forward(chunks, batches, objective, Shared(None, drift, kernels_of(chunks)), context)
+            batches = with_reference(reference, batches, context, hidden="kl_N" in objective.needs)
+        kept += forward(chunks, batches, objective, shared, context)
     whole = global_counts(kept, context)
     kept = [replace(sequences, whole=whole) for sequences in kept]
     if objective.whole_batch:

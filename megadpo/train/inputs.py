@@ -22,6 +22,7 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream, mismatched_stream, open_streams
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError
+from megadpo.objectives.names import name_of
 from megadpo.observe.log import write_run_files
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.context import from_first_rank
@@ -69,9 +70,26 @@ def read_shapes(config: Config, world_size: int) -> Shapes:
     reference = read_shape(_folder(config.reference.path)) if config.reference.path else policy
     if reference.experts or reference.latent:
         problems += [f"reference: {line}" for line in misfits(reference, config.parallel) if line not in problems]
+    if "kl_N" in config.objective.needs:
+        problems += _incomparable(policy, reference, config)
     if problems:
         raise ConfigError("\n".join(problems))
     return Shapes(policy, reference)
+
+
+def _incomparable(policy: ModelShape, reference: ModelShape, config: Config) -> list[str]:
+    """What keeps the two models' whole distributions from being compared, token by token of the vocabulary."""
+    pairs = {
+        "vocabularies of {} and {} tokens": (policy.vocab_size, reference.vocab_size),
+        "logits capped at {} and {}": (policy.logit_soft_cap, reference.logit_soft_cap),
+    }
+    return [
+        f"reference.path = {config.reference.path}: policy and reference have {words.format(*two)}, and "
+        f"objective.loss_type {name_of(config.objective)} compares their distributions; give a reference of the "
+        "policy's kind, or leave it out"
+        for words, two in pairs.items()
+        if two[0] != two[1]
+    ]
 
 
 def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool) -> Inputs:

@@ -135,10 +135,10 @@ def fit(
         batches = train.stream.pack(bins[context.data_rank], train.column)
         mismatched = train.mismatched_batches(state.consumed, count, context.data_rank)
         try:
-            sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched)
+            sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched, config.seed)
         except NotFiniteError as error:
             watch.slowly("the search for what is not finite")
-            found = culprits(state, batches, config.objective, reference, context, mismatched)
+            found = culprits(state, batches, config.objective, reference, context, mismatched, config.seed)
             _decide(error, found, train.stream, state, left_out, config, log)
             left_out.add(state.step)
             _rewind(state, error, saver, config, log)

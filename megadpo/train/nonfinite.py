@@ -36,6 +36,7 @@ def culprits(
     reference: list | None,
     context: ParallelContext,
     mismatched: Sequence[PackedBatch] | None = None,
+    seed: int = 0,
 ) -> list[Culprit]:
     """Compute a global batch again, a micro-batch at a time (as many together as interleaving needs), with gradients
     that are neither reduced nor used. Every rank calls it with its own micro-batches; all get the same answer.
@@ -45,13 +46,13 @@ def culprits(
     """
     mine: list[Culprit] = []
     together = context.pipeline_size if context.virtual_size > 1 else 1
-    batches, _, on_last_stage = looked_over(state, batches, objective, reference, context, mismatched)
+    batches, _, on_last_stage, asked = looked_over(state, batches, objective, reference, context, mismatched, seed)
     with settled(state.chunks), _unreduced(state):
         for start in range(0, len(batches), together):
             part = list(batches[start : start + together])
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
-            results = run_schedule(state.chunks, part, on_last_stage, context, forward_only=False)
+            results = run_schedule(state.chunks, part, on_last_stage, context, forward_only=False, asked=asked)
             what = _not_finite(state, part, results)
             if what:
                 mine.append(Culprit(context.rank, what, tuple(g for batch in part for g in batch.groups)))

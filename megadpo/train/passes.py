@@ -13,12 +13,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
+from megadpo.model.head import NOTHING, Asked, HeadOutput, Rivals
 from megadpo.objectives import Counts, Objective, Sequences
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.optimizer import settled
 
-OnLastStage = Callable[[PackedBatch, Tensor], Any]
-"""(micro-batch, log-probabilities of its scored tokens float32 [N]) -> what the schedule wants of the last stage."""
+OnLastStage = Callable[[PackedBatch, HeadOutput], Any]
+"""(micro-batch, what the head gives of its scored tokens) -> what the schedule wants of the last stage."""
 
 
 def run_schedule(
@@ -27,17 +28,18 @@ def run_schedule(
     on_last_stage: OnLastStage,
     context: ParallelContext,
     forward_only: bool,
+    asked: Asked = NOTHING,
 ) -> list:
     """Megatron-Core's pipeline schedule (or its loop without a pipeline) over the micro-batches.
 
-    Returns what `on_last_stage` put last, per micro-batch in order; an empty list on earlier stages.
+    asked: of the head. Returns what `on_last_stage` put last, per micro-batch in order; an empty list on earlier
+    stages.
     """
 
-    def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[Tensor, Callable]:
+    def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[HeadOutput | Tensor, Callable]:
         batch = next(iterator)
-        output = chunk(batch)
         # Called by the schedule on the last stage only; earlier stages' output is hidden states.
-        return output, lambda logprob_N: on_last_stage(batch, logprob_N)
+        return chunk(batch, asked), lambda output: on_last_stage(batch, output)
 
     moved = [batch.to(context.device) for batch in batches]
     return get_forward_backward_func()(
@@ -73,20 +75,39 @@ class Shared:
     mismatched_kl: Tensor | None = None
     backend: Backend = "auto"
     """Of the kernels."""
+    asked: Asked = NOTHING
+    """Of the head, beside log-probabilities."""
 
 
-def sequences_of(batch: PackedBatch, logprob_N: Tensor, objective: Objective, shared: Shared) -> Sequences:
+def asked_of(objective: Objective, reference: Sequence[Any] | None, seed: int, consumed: int) -> Asked:
+    """What the objective needs of the policy's head.
+
+    reference: a resident reference's chunks, where there is one. seed, consumed: the draws of rivals follow from them
+    (model.head.Rivals).
+    """
+    weight_VE = None
+    if "kl_N" in objective.needs:
+        assert reference is not None, "the KL needs a resident reference"
+        weight_VE = getattr(reference[-1], "module", reference[-1]).head_weight()
+    rivals = None if objective.top_k is None else Rivals(objective.top_k, seed, consumed)
+    return Asked("collision_N" in objective.needs, rivals, weight_VE)
+
+
+def sequences_of(batch: PackedBatch, output: HeadOutput, objective: Objective, shared: Shared) -> Sequences:
     """What the objective gets of one micro-batch."""
     return Sequences(
-        policy_S=response_sums(logprob_N, batch, shared.backend),
+        policy_S=response_sums(output.logprob_N, batch, shared.backend),
         reference_S=batch.reference_S,
         tokens_S=batch.tokens_S,
         offsets_G1=batch.offsets_G1,
         labels_S=batch.labels_S,
         scores_S=batch.scores_S,
-        policy_N=logprob_N if "policy_N" in objective.needs else None,
+        policy_N=output.logprob_N if "policy_N" in objective.needs else None,
         reference_N=batch.reference_N if "reference_N" in objective.needs else None,
         body_N=batch.body_N,
+        collision_N=output.collision_N,
+        kl_N=output.kl_N,
+        rival_N=output.rival_N,
         mismatched_kl=shared.mismatched_kl,
         whole=shared.whole,
         backend=shared.backend,
@@ -111,23 +132,25 @@ def forward(
 ) -> list[Sequences]:
     """What the objective would get of each micro-batch, in order; an empty list except on the last stage."""
 
-    def keep(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Sequences]:
-        sequences = sequences_of(batch, logprob_N, objective, shared)
-        return sequences.policy_S.sum(), torch.zeros((), dtype=torch.int, device=logprob_N.device), sequences
+    def keep(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Sequences]:
+        sequences = sequences_of(batch, output, objective, shared)
+        return sequences.policy_S.sum(), torch.zeros((), dtype=torch.int, device=context.device), sequences
 
-    return run_schedule(chunks, batches, keep, context, forward_only=True)
+    return run_schedule(chunks, batches, keep, context, forward_only=True, asked=shared.asked)
 
 
 @torch.no_grad()
-def score(chunks: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext) -> list[Scores]:
-    """Log-probabilities of each micro-batch, in order; an empty list except on the last stage."""
+def score(
+    chunks: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext, hidden: bool = False
+) -> list[Scores]:
+    """Log-probabilities of each micro-batch, in order; an empty list except on the last stage. hidden: see Scores."""
 
-    def keep(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Scores]:
-        scores = Scores(response_sums(logprob_N, batch, backend), logprob_N)
-        return scores.sums_S.sum(), torch.zeros((), dtype=torch.int, device=logprob_N.device), scores
+    def keep(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Scores]:
+        scores = Scores(response_sums(output.logprob_N, batch, backend), output.logprob_N, output.hidden_ND)
+        return scores.sums_S.sum(), torch.zeros((), dtype=torch.int, device=context.device), scores
 
     backend = kernels_of(chunks)
-    return run_schedule(chunks, batches, keep, context, forward_only=True)
+    return run_schedule(chunks, batches, keep, context, forward_only=True, asked=Asked(hidden=hidden))
 
 
 @dataclass(frozen=True)
@@ -136,18 +159,20 @@ class Scores:
 
     sums_S: Tensor
     logprob_N: Tensor
+    hidden_ND: Tensor | None
+    """Where asked for: the rows that the head saw, in the model's dtype."""
 
 
 def with_reference(
-    reference: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext
+    reference: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext, hidden: bool = False
 ) -> list[PackedBatch]:
     """The batches with a resident reference's log-probabilities; unchanged except on the last stage, which alone
-    uses them."""
-    scored = score(reference, batches, context)
+    uses them. hidden: also with its hidden rows, N x E numbers per micro-batch on every tensor-parallel rank."""
+    scored = score(reference, batches, context, hidden)
     if not scored:
         return list(batches)
     return [
-        replace(batch, reference_S=scores.sums_S, reference_N=scores.logprob_N)
+        replace(batch, reference_S=scores.sums_S, reference_N=scores.logprob_N, reference_hidden_NE=scores.hidden_ND)
         for batch, scores in zip(batches, scored, strict=True)
     ]
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
 from megadpo.errors import NumericsError
+from megadpo.model.head import Asked, HeadOutput
 from megadpo.objectives import Objective, Outcome, Sequences, across
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.optimizer import clip_and_update, prepare_gradients, settled
 from megadpo.train.passes import (
     OnLastStage,
     Shared,
+    asked_of,
     forward,
     global_counts,
     kernels_of,
@@ -52,19 +54,20 @@ def train_step(
     reference: list | None,
     context: ParallelContext,
     mismatched: Sequence[PackedBatch] | None = None,
+    seed: int = 0,
 ) -> tuple[Sums, float]:
     """One update from this rank's micro-batches of a global batch; returns totals and the gradient norm.
 
     reference: chunks of a resident reference model, or None where the batches carry its log-probabilities (or the
     objective needs none). mismatched: this rank's responses to other prompts than their own, for objectives that need
-    `mismatched_kl`. Raises NotFiniteError, on every rank and before the weights change, where the loss or the gradient
-    is not finite.
+    `mismatched_kl`. seed: the run's, for objectives that draw tokens. Raises NotFiniteError, on every rank and before
+    the weights change, where the loss or the gradient is not finite.
     """
-    batches, totals, on_last_stage = looked_over(state, batches, objective, reference, context, mismatched)
+    batches, totals, on_last_stage, asked = looked_over(state, batches, objective, reference, context, mismatched, seed)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False)
+    results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False, asked=asked)
     sums = read(total(results, objective, context) if totals is None else totals, objective, context)
     if not math.isfinite(sums.loss):
         raise NotFiniteError(f"step {state.step + 1}: the loss is {sums.loss}")
@@ -84,27 +87,29 @@ def looked_over(
     reference: list | None,
     context: ParallelContext,
     mismatched: Sequence[PackedBatch] | None,
-) -> tuple[Sequence[PackedBatch], Tensor | None, OnLastStage]:
-    """What the gradient's pass needs to know of the global batch before: the micro-batches with the reference's
-    log-probabilities, the totals where they are known already, and what the schedule calls on the last stage for each
-    micro-batch in this order."""
+    seed: int,
+) -> tuple[Sequence[PackedBatch], Tensor | None, OnLastStage, Asked]:
+    """What the gradient's pass needs to know of the global batch before: the micro-batches with what the reference
+    says of them, the totals where they are known already, what the schedule calls on the last stage for each
+    micro-batch in this order, and what the head is asked for."""
     if reference is not None:
-        batches = with_reference(reference, batches, context)
+        batches = with_reference(reference, batches, context, hidden="kl_N" in objective.needs)
     drift = None if mismatched is None else mean_ratio(state.chunks, reference, mismatched, context)
-    shared = Shared(global_counts(batches, context), drift, kernels_of(state.chunks))
+    asked = asked_of(objective, reference, seed, state.consumed)
+    shared = Shared(global_counts(batches, context), drift, kernels_of(state.chunks), asked)
     if not objective.whole_batch:
-        return batches, None, objective_of(objective, shared)
+        return batches, None, objective_of(objective, shared), asked
     with settled(state.chunks):  # one more forward pass, so that the formula sees the whole batch at once
         sequences = forward(state.chunks, batches, objective, shared, context)
     totals, slopes = totals_across(sequences, objective, context)
-    return batches, totals, slopes_of(objective, shared, slopes)
+    return batches, totals, slopes_of(objective, shared, slopes), asked
 
 
 def objective_of(objective: Objective, shared: Shared) -> OnLastStage:
     """For the schedule: (loss sum, count, this micro-batch's totals)."""
 
-    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sequences = sequences_of(batch, logprob_N, objective, shared)
+    def on_last_stage(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = sequences_of(batch, output, objective, shared)
         outcome = objective(sequences)
         return outcome.loss, outcome.count, totals_of(outcome, sequences)
 
@@ -118,9 +123,9 @@ def slopes_of(objective: Objective, shared: Shared, slopes: list[dict[str, Tenso
     """
     coming = iter(slopes)
 
-    def on_last_stage(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sequences = sequences_of(batch, logprob_N, objective, shared)
-        slope = {name: value.to(logprob_N.device) for name, value in next(coming).items()}
+    def on_last_stage(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
+        sequences = sequences_of(batch, output, objective, shared)
+        slope = {name: value.to(output.logprob_N.device) for name, value in next(coming).items()}
         return across.along(sequences, slope), sequences.count(objective.unit), sequences.policy_S.detach()
 
     return on_last_stage

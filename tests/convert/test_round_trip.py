@@ -83,6 +83,7 @@ def forward(chunks: list, context: Any, batch: PackedBatch, vocab: int) -> torch
             if stage:
                 chunks[number].set_input_tensor([hidden])
             hidden = chunks[number](batch)
+            hidden = getattr(hidden, "logprob_N", hidden)  # of the last stage
         if stage == stages - 1:
             return hidden.view(-1, vocab) if context.pipeline_rank == owner else None
         torch.distributed.broadcast(hidden, ranks[owner], group=context.groups.pp)

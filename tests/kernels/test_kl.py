@@ -80,7 +80,7 @@ def split(device: torch.device, valid: int, rows: int) -> list[tuple[torch.Tenso
             w = torch.cat([given.weight_VD, torch.full((rows - valid, given.weight_VD.shape[1]), 5.0)])
             return mine(x).clone().requires_grad_(), mine(w, True).clone().requires_grad_()
 
-        (x, w), (y, u) = part(policy), part(other)
+        (x, w), (_, u), y = part(policy), part(other), other.hidden_ND[scored]
         shard = VocabShard(group.rank() * len(w), valid, group, sequence)
         kl = linear_kl(x, w, y, u, shard, rows_N=scored, chunk=8)
         kl.backward(policy.upstream_N)

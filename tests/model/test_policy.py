@@ -50,7 +50,7 @@ def packed(device: torch.device, case: Case) -> dict[str, Any]:
         state, _ = build(case, context)
         batch = pack(case.store, range(len(case.store)), case.budget.tokens, None)
         policy = state.modules[0]
-        logprob = policy(batch)
+        logprob = policy(batch).logprob_N
         responses = [(g, k) for g, x in enumerate(case.store.groups) for k in range(len(x.response_ids))]
         weights = torch.tensor([weight(g, k) for g, k in responses])
         state.chunks[0].zero_grad_buffer()

@@ -18,6 +18,7 @@ from train.engine import Case, assemble, build, pieces, worst
 
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
+from megadpo.model.head import HeadOutput
 from megadpo.parallel.context import ParallelContext, grid
 from megadpo.train.passes import response_sums, run_schedule
 
@@ -55,7 +56,7 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
         batches = stream.batches(np.arange(len(case.store)), context.data_rank, None)
         seen: list[Tensor] = []
         if context.holds_loss:
-            state.modules[-1].register_forward_hook(lambda _, __, logprob_N: seen.append(logprob_N.detach().float()))
+            state.modules[-1].register_forward_hook(lambda _, __, out: seen.append(out.logprob_N.detach().float()))
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         run_schedule(state.chunks, batches, weighted, context, forward_only=False)
@@ -63,11 +64,11 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
         return {"tokens": tokens, "gradients": pieces(state, lambda p: p.main_grad)}
 
 
-def weighted(batch: PackedBatch, logprob_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
     """An objective that treats every response differently; it counts groups."""
     sizes = batch.offsets_G1.diff().tolist()
     weights = [weight(g, k) for g, size in zip(batch.groups, sizes, strict=True) for k in range(size)]
-    loss = (response_sums(logprob_N, batch, "auto") * torch.tensor(weights)).sum()
+    loss = (response_sums(output.logprob_N, batch, "auto") * torch.tensor(weights)).sum()
     return loss, torch.tensor(len(batch.groups), dtype=torch.int), loss.detach()
 
 

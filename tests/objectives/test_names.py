@@ -26,13 +26,13 @@ MADE_FOR = {
 }  # fmt: skip
 
 
-def read(tmp_path: Path, objective: Any, reference: str = "resident") -> Any:
+def read(tmp_path: Path, objective: Any, reference: str = "resident", backend: str = "auto") -> Any:
     path = tmp_path / "run.yaml"
     path.write_text(
         yaml.safe_dump(
             {
                 "run_dir": "run",
-                "model": {"path": "model"},
+                "model": {"path": "model", "logprob_backend": backend},
                 "data": {"train": "pairs.jsonl"},
                 "reference": {"mode": reference},
                 "objective": objective,
@@ -120,16 +120,19 @@ def test_a_wrong_mix(tmp_path: Path, mix: dict[str, Any], line: str) -> None:
     assert line in str(raised.value)
 
 
-def test_what_the_trainer_cannot_give_is_refused(tmp_path: Path) -> None:
+def test_what_the_head_cannot_give_is_refused(tmp_path: Path) -> None:
     """At start, by name: never trained as something else."""
-    for name, words in {
-        "wpo": "squared probabilities",
-        "tdpo2": "the KL to the reference",
-        "cringe": "top k",
-    }.items():
-        with pytest.raises(ConfigError, match=f"loss_type = {name}: needs .*") as raised:
-            read(tmp_path, {"loss_type": name})
-        assert words in str(raised.value), str(raised.value)
+    for name in ("wpo", "tdpo1", "tdpo2", "cringe"):
+        assert name_of(read(tmp_path, {"loss_type": name}).objective) == name
+    with pytest.raises(ConfigError, match=r"reference\.mode = precomputed.*set reference\.mode: resident"):
+        read(tmp_path, {"loss_type": "tdpo1"}, reference="precomputed")
+    with pytest.raises(ConfigError, match=r"logprob_backend = triton.*tdpo2 needs; must be auto, chunked or reference"):
+        read(tmp_path, {"loss_type": "tdpo2"}, backend="triton")
+    with pytest.raises(ConfigError, match=r"top_k = 0: must be at least 1"):
+        read(tmp_path, {"loss_type": "cringe", "top_k": 0})
+    two = [{"loss_type": "cringe", "top_k": k} for k in (3, 4)]
+    with pytest.raises(ConfigError, match="give them the same top_k"):
+        read(tmp_path, {"loss_type": "mix", "parts": two})
 
 
 def test_tokens_of_the_reference_need_it_beside_the_policy(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from tiny import MemoryStore, random_groups, write_llama
 from train.engine import Case, assemble, build, pieces, worst
 
 from megadpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
-from megadpo.config.check import NOT_GIVEN
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
 from megadpo.data.stream import Scored, Stream
@@ -27,7 +26,7 @@ from megadpo.objectives.listwise import RRHF, PlackettLuceDPO
 from megadpo.objectives.margins import IPO, ODPO, RewardRPO, RSOHinge, SPPOHard
 from megadpo.objectives.pairwise import DPOP, RDPO, SPIN, DPOWithNLL, NormDPO, RobustDPO
 from megadpo.objectives.reference_free import CLICK, CPO, ORPO, SimPO, SLiC
-from megadpo.objectives.token_level import LDDPO, Llama3DPO
+from megadpo.objectives.token_level import LDDPO, TDPO1, TDPO2, WPO, Cringe, Llama3DPO
 from megadpo.objectives.unpaired import KTO, APOZeroUnpaired, BCOUnpaired
 from megadpo.parallel.context import grid
 from megadpo.train import run
@@ -38,6 +37,9 @@ from megadpo.train.step import train_step
 VOCAB = 67
 NOISE = 1e-5
 BATCH = 7
+
+WHOLE = Mix((AOT(0.5), TDPO1(0.5), WPO(0.5), Cringe(0.3, 1.5, 8.0)), (0.5, 1.0, 2.0, 3.0))
+"""Every statistic of the head at once, and a part for which each passes through the whole batch's slopes."""
 
 PAIRS = [
     DPO(0.5, 0.1),
@@ -64,6 +66,10 @@ PAIRS = [
     FDPO(0.3, "alpha"),
     LDDPO(0.5, 0.3),
     Llama3DPO(0.5),
+    TDPO1(0.5),
+    TDPO2(0.5, 0.7),
+    WPO(0.5),
+    Cringe(0.3, 1.5, 8.0, top_k=3),
     AOT(0.5),
     AOTUnpaired(0.5),
     BCO(0.5),
@@ -76,20 +82,19 @@ PAIRS = [
     CLICK(0.5, 20.0),
     Mix((DPO(0.5), BCO(0.2), SFT()), (0.8, 0.2, 1.0)),
     Mix((SimPO(), SFT()), (1.0, 0.3)),
+    WHOLE,
 ]
 SINGLES = [KTO(0.5, 1.2, 0.8), BCOUnpaired(0.5), APOZeroUnpaired(0.5), SFT()]
 LISTS = [PlackettLuceDPO(0.5), RRHF()]
-SLICE = (DPOWithNLL, LDDPO, AOT, BCO, CLICK, Mix, KTO, PlackettLuceDPO)
+SLICE = (DPOWithNLL, LDDPO, TDPO1, TDPO2, WPO, Cringe, AOT, BCO, CLICK, Mix, KTO, PlackettLuceDPO)
 """What the normal run tries: one of each way in which a grid could matter. `make test-long` has all."""
 
 
 def test_every_wired_objective_is_here() -> None:
-    """All but reward models and those that need what no head gives yet; a run refuses these."""
-    unwired = {"collision_N", "kl_N", "rival_N"}
+    """All but reward models, which have tests of their own (tests/train/test_reward.py)."""
     objectives = {kind() for kind in OBJECTIVES.values() if kind is not Mix}
-    wired = {type(o) for o in objectives if o.head == "logprob" and not o.needs & unwired}
+    wired = {type(o) for o in objectives if o.head == "logprob"}
     assert {type(o) for o in (*PAIRS, *SINGLES, *LISTS)} == wired | {Mix}
-    assert NOT_GIVEN.keys() >= unwired
 
 
 def filled(batch: PackedBatch) -> PackedBatch:
@@ -179,7 +184,7 @@ def compare(made: tuple[Case, Path], objectives: list[Any]) -> None:
 
 def test_a_slice_on_grids(made: tuple[Case, Path]) -> None:
     every = [*PAIRS, *SINGLES, *LISTS]
-    compare(made, [next(o for o in every if isinstance(o, kind)) for kind in SLICE])
+    compare(made, [WHOLE, *(next(o for o in every if isinstance(o, kind)) for kind in SLICE)])
 
 
 @pytest.mark.slow
@@ -238,7 +243,7 @@ def test_held_out_data_are_one_batch(made: tuple[Case, Path]) -> None:
     """Whatever is given to the pipeline at once, and on any grid: also where a loss looks across pairs or has terms
     with other denominators."""
     case, reference = made
-    work = jobs([AOT(0.5), CPO(0.5), Mix((BCO(0.5), SFT())), LDDPO(0.5)])
+    work = jobs([AOT(0.5), CPO(0.5), Mix((BCO(0.5), SFT())), LDDPO(0.5), WHOLE])
     [single] = run_ranks(1, evaluated, case, reference, work)
     ranks = run_ranks(2, evaluated, case, reference, work)
     for index in range(len(work)):
