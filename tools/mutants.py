@@ -29,6 +29,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, SAME = "tests/objectives/test_table.py", "tests/objectives/test_identities.py"
 NAMES, GRID = "tests/objectives/test_names.py", "tests/objectives/test_trainer.py"
+STATISTICS = "tests/model/test_statistics.py"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ MUTANTS = [
            "-exponential_minus_1((self.alpha - 1) * ratio_G2) / (1 - self.alpha)", (TABLE, "usual and FDPO and alpha")),
     Mutant("tdpo-through-chosen", "TDPO2's chosen KL with a gradient", O + "token_level",
            "rejected_G - chosen_G.detach()", "rejected_G - chosen_G", (TABLE, "usual and TDPO2")),
+    Mutant("kl-without-gradient", "TDPO's KL is a constant of the step", "megadpo.train.passes",
+           "kl_N=output.kl_N,", "kl_N=None if output.kl_N is None else output.kl_N.detach(),", (STATISTICS, "transformers and False")),
+    Mutant("rivals-by-place", "the drawn token depends on the micro-batch that the pair is in", "megadpo.model.head",
+           "torch.arange(size, device=device) - start_N", "torch.arange(size, device=device)", (GRID, "slice")),
     Mutant("simpo-ratio", "SimPO's gamma taken for gamma / beta", O + "reference_free",
            "smoothed(difference(self.rewards(pairs)) - self.gamma, self.label_smoothing)",
            "smoothed(difference(self.rewards(pairs)) - self.beta * self.gamma, self.label_smoothing)",

@@ -18,10 +18,10 @@ from train.engine import Case, assemble, build, pieces
 from megadpo.data.batch import PackedBatch
 from megadpo.data.packing import Budget
 from megadpo.model.head import HeadOutput
-from megadpo.objectives import Mix
+from megadpo.objectives import Mix, Sequences
 from megadpo.objectives.token_level import TDPO1, WPO, Cringe
 from megadpo.parallel.context import grid
-from megadpo.train.passes import Shared, asked_of, forward, run_schedule, with_reference
+from megadpo.train.passes import Shared, asked_of, forward, run_schedule, sequences_of, with_reference
 
 NOISE = 1e-5
 OBJECTIVE = Mix((WPO(), TDPO1(), Cringe(top_k=3)))
@@ -46,29 +46,32 @@ def run_one(device: torch.device, case: Case, other: Path) -> dict[str, Any]:
         asked = asked_of(OBJECTIVE, reference, SEED, CONSUMED)
         found: dict[int, Tensor] = {}
 
-        def keep(batch: PackedBatch, values: tuple[Tensor | None, ...]) -> None:
+        shared = Shared(None, asked=asked)
+
+        def keep(batch: PackedBatch, part: Sequences) -> None:
             numbers = [s for g in batch.groups for s in range(case.store.offsets[g], case.store.offsets[g + 1])]
-            parts = torch.stack([value for value in values if value is not None]).detach()
+            parts = torch.stack([getattr(part, name).detach() for name in NAMES])
             for number, part in zip(numbers, parts.split(batch.tokens_S.tolist(), dim=1), strict=True):
                 known = found.setdefault(number, part)
                 assert torch.equal(known, part), "the pass without a gradient gives other bits"
 
         def weighted(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Tensor]:
-            values = (output.logprob_N, output.collision_N, output.kl_N, output.rival_N)
-            keep(batch, values)
-            assert not values[1].requires_grad
+            sequences = sequences_of(batch, output, OBJECTIVE, shared)
+            keep(batch, sequences)
+            policy_N, collision_N, kl_N, rival_N = (getattr(sequences, name) for name in NAMES)
+            assert not collision_N.requires_grad
             sizes = batch.offsets_G1.diff().tolist()
             weights = [weight(g, k) for g, size in zip(batch.groups, sizes, strict=True) for k in range(size)]
             weight_N = torch.tensor(weights).repeat_interleave(batch.tokens_S)
-            loss = (weight_N * (values[0] + 2 * values[2] + 3 * values[3])).sum()
+            loss = (weight_N * (policy_N + 2 * kl_N + 3 * rival_N)).sum()
             return loss, torch.tensor(len(batch.groups), dtype=torch.int), loss.detach()
 
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         run_schedule(state.chunks, batches, weighted, context, forward_only=False, asked=asked)
-        without = forward(state.modules, batches, OBJECTIVE, Shared(None, asked=asked), context)
+        without = forward(state.modules, batches, OBJECTIVE, shared, context)
         for batch, part in zip(batches, without, strict=False):
-            keep(batch, tuple(getattr(part, name) for name in NAMES))
+            keep(batch, part)
         return {"statistics": found, "gradients": pieces(state, lambda p: p.main_grad)}
 
 
@@ -126,15 +129,15 @@ def hashed(key: int, value: int) -> int:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_against_transformers(tmp_path: Path, tied: bool) -> None:
-    folder = write_llama(tmp_path / "policy", layers=2, vocab=VOCAB, tied=tied)
-    other = write_llama(tmp_path / "reference", layers=2, hidden=48, vocab=VOCAB, tied=not tied, seed=9)
+    folder = write_llama(tmp_path / "policy", layers=4, vocab=VOCAB, tied=tied)
+    other = write_llama(tmp_path / "reference", layers=4, hidden=48, vocab=VOCAB, tied=not tied, seed=9)
     store = random_groups(7, vocab=VOCAB)
     want, gradients = outside(folder, other, store)
     case = Case(folder, store, budget=Budget(64))
     two, four = replace(case, tensor=2), replace(case, tensor=2, pipeline=2)
     layouts = {
         1: [case, replace(case, share=False), replace(case, logprob_backend="reference")],
-        2: [two, replace(two, sequence=True), replace(two, share=False), replace(case, pipeline=2)],
+        2: [two, replace(two, sequence=True), replace(two, share=False), replace(case, pipeline=2, virtual=2)],
         4: [four, replace(four, sequence=True, share=False)],
     }
     for world, cases in layouts.items():

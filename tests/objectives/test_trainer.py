@@ -224,6 +224,25 @@ def test_kto_listens_to_strangers(made: tuple[Case, Path]) -> None:
     assert abs(strangers - own) > 1e-4
 
 
+def drawn(device: torch.device, case: Case) -> list[float]:
+    """Cringe's loss on the same pairs: twice, with another seed, later in the run."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        set_learning_rate(state.optimizer, 0.0)
+        batches = stream.batches(np.arange(BATCH), 0, None)
+        losses = []
+        for seed, consumed in ((0, 0), (0, 0), (1, 0), (0, BATCH)):
+            state.consumed = consumed
+            losses.append(train_step(state, batches, Cringe(0.3), None, context, seed=seed)[0].loss)
+        return losses
+
+
+def test_draws_follow_from_seed_and_place_in_the_run(made: tuple[Case, Path]) -> None:
+    [[one, again, seed, later]] = run_ranks(1, drawn, made[0])
+    assert one == again
+    assert len({one, seed, later}) == 3
+
+
 def evaluated(device: torch.device, case: Case, reference_folder: Path, work: list[Any]) -> list[Any]:
     """Held-out totals of each job (objective, store), in passes of two groups and in one."""
     with grid(case.parallel, device, seed=1) as context:

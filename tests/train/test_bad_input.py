@@ -54,9 +54,25 @@ def lines(*rows: object) -> Change:
     return change
 
 
+def another_reference(**fields: object) -> Change:
+    """TDPO with a resident reference whose config.json differs."""
+
+    def change(model: Path, data: Path) -> list[str]:
+        other = model.parent / "other"
+        shutil.copytree(model, other)
+        edit_config(**fields)(other, data)
+        return ["objective.loss_type=tdpo2", "reference.mode=resident", f"reference.path={other}"]
+
+    return change
+
+
 GOOD = {"prompt": "Once upon a time", "chosen": " there was joy.", "rejected": " there was gloom."}
 
 CASES: dict[str, tuple[Change, str]] = {
+    "two vocabularies": (
+        another_reference(vocab_size=68),
+        r"have vocabularies of \d+ and 68 tokens, and objective\.loss_type tdpo2 compares .* or leave it out",
+    ),
     "misspelt setting": (settings("objective.beat=0.1"), r"did you mean objective\.beta\?"),
     "wrong type": (settings("batch.global_batch_size=many"), r"global_batch_size"),
     "heads": (settings("parallel.tensor_model_parallel_size=3"), r"tensor_model_parallel_size = 3.*fit.*1, 2, 4"),
