@@ -157,7 +157,7 @@ ROWS = {
         0.4,
     ),
     "resumes": Row(
-        "killed at random steps and resumed, epoch 2, 13 groups in batches of 5",
+        "killed at random steps and resumed, epoch 2, 13 groups in batches of 2",
         ">= 50, all to the bit",
         "Megatron-LM: 106 resume cases, logged loss; torchtitan: 100 steps against a file",
         resumes,
