@@ -95,7 +95,7 @@ def _parser() -> Parser:
     )
     inspect = add("inspect", _inspect, "Draw one group's tokens, or the packed stream of one micro-batch.")
     what = inspect.add_mutually_exclusive_group()
-    what.add_argument("--group", type=int, default=0, metavar="N", help="the group's number, from 0")
+    what.add_argument("--group", type=int, metavar="N", help="the group's number, from 0")
     what.add_argument(
         "--batch",
         metavar="[STEP:]NUMBER",
@@ -330,11 +330,12 @@ def _inspect(options: argparse.Namespace) -> int:
     if not sources:
         raise DataError(f"{name} is not given in the run file; name files there, or leave --eval out")
     store = prepare(sources, config.data, config.model.path, wanted(config), config.batch)
-    if not 0 <= options.group < len(store):
-        raise DataError(f"--group {options.group}: {name} has the groups 0 to {len(store) - 1}")
-    group = store.group(options.group)
+    number = options.group or 0
+    if not 0 <= number < len(store):
+        raise DataError(f"--group {number}: {name} has the groups 0 to {len(store) - 1}")
+    group = store.group(number)
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
-    title = f"group {options.group} of {len(store)}: {group.origin}"
+    title = f"group {number} of {len(store)}: {group.origin}"
     prompt, responses = group.prompt_ids.tolist(), [ids.tolist() for ids in group.response_ids]
     scored = None if group.marks is None else [((marks & SCORED) > 0).tolist() for marks in group.marks]
     text = group_text(title, prompt, responses, tokenizer.backend.piece, options.ids, scored)

@@ -33,6 +33,17 @@ ALSO_CALLED = {
     "loss": "objective.loss_type",
 }
 
+NOT_HERE = {
+    "context_parallel_size": "context parallelism cannot be combined with prompts that stand once: Transformer Engine "
+    "refuses bottom-right causal attention with it; use tensor and sequence parallelism for long streams",
+    "fp8": "FP8 is not there yet",
+    "fp8_format": "FP8 is not there yet",
+    "fp8_recipe": "FP8 is not there yet",
+    "hidden_dropout": "dropout is off: one prompt row serves all responses",
+    "attention_dropout": "dropout is off: one prompt row serves all responses",
+}
+"""Settings of other programs that are left out, and why."""
+
 
 def unknown_key(key: str, names: list[str], section: str) -> str:
     """The line for a key that a section (empty: the top level) does not have.
@@ -47,6 +58,8 @@ def unknown_key(key: str, names: list[str], section: str) -> str:
     homes: dict[str, list[str]] = {}
     for leaf in leaf_paths():
         homes.setdefault(leaf.rpartition(".")[2], []).append(leaf)
+    if key in NOT_HERE:
+        return f"{prefix}{key}: not a setting; {NOT_HERE[key]}"
     meant = homes.get(key, [])
     meant = meant or [ALSO_CALLED[name] for name in [key] if name in ALSO_CALLED]
     meant = meant or [prefix + close for close in get_close_matches(key, names, 1)]

@@ -1,7 +1,8 @@
 """Core attention over a packed stream: every segment sees its group's prompt and itself, and nothing else. In layers
 with a window it sees the last so many of those rows: a segment's rows follow the prompt's in position, too.
 
-Three back ends behind one module. All give the same numbers; none is quadratic in the stream where groups are short.
+Three back ends behind one module, made to give the same numbers (te and varlen have not run yet, for want of a GPU);
+none is quadratic in the stream where groups are short.
 
 * sdpa: torch's scaled_dot_product_attention, a call per segment. Every device and dtype. With a soft cap on scores, or
   with sinks, which torch's fused kernels do not have (Transformer Engine's not for every shape), the same written out.
@@ -17,6 +18,7 @@ cu_keys[i] keys that end where its queries end: causal, aligned at the bottom ri
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -73,11 +75,29 @@ class StreamParams(PackedSeqParams):
     """Cosines and sines by row, for latent attention, which rotates inside (model/latent.py)."""
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> Backend:
-    """The fastest that is there and computes this model exactly."""
-    if device.type != "cuda" or dtype == torch.float32 or shape.scores.soft_cap or shape.sinks:
-        return "sdpa"
-    return "te" if mcore_fixes.have_te() and not shape.window else "varlen"
+def choose_backend(device: torch.device, dtype: torch.dtype, shape: ModelShape) -> tuple[Backend, str]:
+    """The fastest that is there and computes this model exactly, and why not a faster one (for the log)."""
+    if device.type != "cuda":
+        return "sdpa", "on a CPU"
+    if dtype == torch.float32:
+        return "sdpa", "slow: the others are 16-bit only"
+    if shape.scores.soft_cap or shape.sinks:
+        return "sdpa", f"slow: no other has {'a soft cap' if shape.scores.soft_cap else 'sinks'}"
+    if mcore_fixes.have_te() and not shape.window:
+        return "te", "Transformer Engine"
+    why = "this model has windows" if mcore_fixes.have_te() else "no Transformer Engine"
+    if missing := varlen_lacks():
+        return "sdpa", f"slow: {why}, and varlen_attn of torch {torch.__version__} has no {', '.join(missing)}"
+    return "varlen", why
+
+
+def varlen_lacks() -> list[str]:
+    """What torch's variable-length attention of this version cannot be told; torch grew it release by release."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ["varlen_attn"]
+    return sorted({"scale", "window_size", "enable_gqa"} - set(inspect.signature(varlen_attn).parameters))
 
 
 def stream_params(batch: PackedBatch, backend: Backend, window: int | None = None) -> StreamParams:

@@ -269,7 +269,7 @@ def build_chunks(
             f"parallel.tensor_model_parallel_size = {context.tensor_size}: a {shape.family} model with "
             f"num_key_value_heads {shape.num_query_groups} has a norm over all keys; use a divisor of that number"
         )
-    backend = choose_backend(context.device, DTYPES[dtype], shape)
+    backend, _ = choose_backend(context.device, DTYPES[dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
         chunk = Policy(

@@ -17,7 +17,8 @@ from megadpo.data.batch import stream_tokens
 from megadpo.data.store import GroupStore
 from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
-from megadpo.model.build import build_chunks
+from megadpo.model.attention import choose_backend
+from megadpo.model.build import DTYPES, build_chunks
 from megadpo.model.policy import Policy
 from megadpo.objectives.names import title
 from megadpo.observe.log import RunLog
@@ -176,6 +177,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     if context.sequence_parallel:
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference
+    attention, why = choose_backend(context.device, DTYPES[config.model.dtype], shape)
     reference = config.reference.path or "its own initial weights"
     tokens = stream_tokens(inputs.train, stream.share, stream.scalar)
     return [
@@ -183,6 +185,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         *weights_warnings(config.model.path),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",
+        f"attention  {attention} ({why})",
         f"grid       {grid_text}",
         f"objective  {title(config.objective)}",
         f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",

@@ -1,15 +1,19 @@
 """The layout that the one-call kernels get describes the same attention as the segment-by-segment path."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from megadpo_kernels.prefix import duplicate
+from megatron.core.transformer import TransformerConfig
 from tiny import random_groups
 
 from megadpo.convert.shape import ModelShape, Scores, Window
 from megadpo.data.batch import pack
+from megadpo.model import attention
 from megadpo.model.attention import (
     PADDING_PIECE,
     StreamParams,
@@ -90,14 +94,64 @@ def test_an_empty_micro_batch_reaches_every_input() -> None:
     assert layout.cu_queries.tolist() == [0, 64]
 
 
-def test_choice() -> None:
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kernel would not compute the model exactly, another is taken."""
     plain = ModelShape("llama", 2, 8, 8, 2, 2, 4, 9, 9, 1e-5, 1e4, None, False)
     windowed = replace(plain, window=Window(4, (True, False)))
     capped = replace(windowed, scores=Scores(soft_cap=50.0))
     cuda, half = torch.device("cuda"), torch.bfloat16
-    assert choose_backend(torch.device("cpu"), half, plain) == "sdpa"
-    assert choose_backend(cuda, torch.float32, plain) == "sdpa"
-    assert choose_backend(cuda, half, plain) in ("te", "varlen")
-    assert choose_backend(cuda, half, windowed) == "varlen"
-    assert choose_backend(cuda, half, capped) == "sdpa"
+    assert choose_backend(torch.device("cpu"), half, plain)[0] == "sdpa"
+    assert choose_backend(cuda, torch.float32, plain)[0] == "sdpa"
+    assert choose_backend(cuda, half, capped)[0] == "sdpa"
+    for te, of_plain in ((True, "te"), (False, "varlen")):
+        monkeypatch.setattr(attention.mcore_fixes, "have_te", lambda te=te: te)
+        assert choose_backend(cuda, half, plain)[0] == of_plain
+        assert choose_backend(cuda, half, windowed)[0] == "varlen"
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda query, key, value, scale: None)
+    backend, why = choose_backend(cuda, half, plain)
+    assert backend == "sdpa"
+    assert "no Transformer Engine" in why
+    assert "enable_gqa, window_size" in why
+
+
+def called(monkeypatch: pytest.MonkeyPatch, backend: str, window: int | None) -> tuple[dict, Varlen]:
+    """What a back end's kernel is told, by a stand-in for it, for a stream of one group with two responses."""
+    told: dict = {}
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths: object, **more: object) -> torch.Tensor:
+        told.update(more, q=q, k=k, lengths=lengths)
+        return torch.zeros_like(q)
+
+    module = ModuleType("transformer_engine.pytorch")
+    module.DotProductAttention = lambda *_, **made: told.update(made=made) or kernel
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    shape = ModelShape("llama", 1, 32, 8, 4, 2, 8, 9, 9, 1e-5, 1e4, None, False)
+    if window:
+        shape = replace(shape, window=Window(window, (True,)))
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2)
+    module = attention.SegmentAttention(config, 1, None, "self", shape, backend)
+    params = stream_params(pack(random_groups(3), [1], 24, None), backend, window)
+    q, k, v = (torch.randn(24, 1, heads, 8) for heads in (4, 2, 2))
+    assert module(q, k, v, None, packed_seq_params=params).shape == (24, 1, 32)
+    return told, params.varlen
+
+
+def test_what_transformer_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain padding_causal would be aligned at the top left where the longest lengths agree."""
+    told, layout = called(monkeypatch, "te", None)
+    assert told["attn_mask_type"] == told["made"]["attn_mask_type"] == "padding_causal_bottom_right"
+    assert told["qkv_format"] == told["made"]["qkv_format"] == "thd"
+    assert (told["max_seqlen_q"], told["max_seqlen_kv"]) == (layout.longest_query, layout.longest_key)
+    assert all(isinstance(told[name], int) for name in ("max_seqlen_q", "max_seqlen_kv"))
+    assert torch.equal(told["cu_seqlens_q"], layout.cu_queries)
+    assert torch.equal(told["cu_seqlens_kv"], layout.cu_keys)
+    assert len(told["k"]) == layout.cu_keys[-1] > len(told["q"]) == 24
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_variable_length_attention_is_told(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    told, layout = called(monkeypatch, "varlen", window)
+    assert told["window_size"] == ((-1, 0) if window is None else (window - 1, 0))
+    assert told["enable_gqa"] is True
+    assert told["lengths"] == (layout.cu_queries, layout.cu_keys, layout.longest_query, layout.longest_key)
