@@ -208,13 +208,15 @@ def _launch(options: argparse.Namespace) -> int:
     request = slurm.Request(**given | {"sbatch": tuple(options.sbatch or ())})
     here = not slurm.have_slurm() and not options.dry_run
     if here and not {"nodes", "gpus_per_node", "processes_per_node"} & given.keys():
-        return _train(options)
+        return _start(config, _train_rank, request.max_restarts)
     slurm.check(config, request)
     if here:
         grid = config.parallel
         replicas = request.world_size // (grid.tensor_model_parallel_size * grid.pipeline_model_parallel_size)
         print(f"no SLURM here (sbatch is not installed): {request.world_size} processes on this machine")
-        return _start(replace(config, parallel=replace(grid, data_parallel_size=replicas)), _train_rank)
+        return _start(
+            replace(config, parallel=replace(grid, data_parallel_size=replicas)), _train_rank, request.max_restarts
+        )
     if options.dry_run:
         print(f"# {shlex.join(slurm.sbatch_command(config, request))}")
         print((slurm.job_files() / "train.sbatch").read_text(encoding="utf-8"), end="")

@@ -298,5 +298,5 @@ def test_layers_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
     field = "num_nextn_predict_layers" if "num_nextn_predict_layers" in given else "num_mtp_layers"
     (folder / "config.json").write_text(json.dumps(given | {field: 1}))
     check_hf(read_shape(folder), folder)
-    _write_config(tmp_path / "exported.json", ConfigJson(folder), "float32")
+    _write_config(tmp_path / "exported.json", ConfigJson(folder), "float32", {})
     assert json.loads((tmp_path / "exported.json").read_text()) == given | {field: 0}

@@ -64,7 +64,7 @@ CASES = [
     (("parallel.tensor_model_parallel_size=3", "--nodes", "3"), "sizes that fit this model: 1, 2, 4"),
     (("batch.global_batch_size=4", "--nodes", "8"), "fewer groups per update than the 8 data-parallel replicas"),
     (('run_dir="a\\tb"',), "SLURM takes no such character in a path"),
-    (("data.train=https://me:hunter@host/x.jsonl",), "the run file has a password or token in it"),
+    (("data.train=https://me:hunter@host/x.jsonl",), "looks like a key or a password"),
 ]
 
 
@@ -152,7 +152,7 @@ def test_one_job_per_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_without_slurm_it_trains_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(cli, "_start", lambda config, job: started.append(config.parallel.data_parallel_size) or 0)
+    monkeypatch.setattr(cli, "_start", lambda config, *_: started.append(config.parallel.data_parallel_size) or 0)
     assert cli.main(["launch", "run.yaml"]) == 0
     assert cli.main(["launch", "run.yaml", "--nodes", "2", "--processes-per-node", "3"]) == 0
     assert started == [None, 6]
