@@ -62,12 +62,12 @@ def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path
 
     original = loop.train_step
 
-    def step(state: Any, batches: Any, objective: Any, reference: Any, context: Any, mismatched: Any) -> Any:
+    def step(state: Any, batches: Any, objective: Any, reference: Any, context: Any, *more: Any) -> Any:
         if state.step + 1 == number and rank in (None, context.rank) and not (once and once.exists()):
             if once:
                 once.touch()
             act(context)
-        return original(state, batches, objective, reference, context, mismatched)
+        return original(state, batches, objective, reference, context, *more)
 
     loop.train_step = step
     try:
