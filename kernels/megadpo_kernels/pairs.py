@@ -19,11 +19,17 @@ log-ratios less than 1e-4 nats apart, counts half), log-probability of the first
 
 
 def pair_loss(policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    """(loss sum, scalar, with gradient to policy; metric sums [6], without). All float32.
+    """(loss sum, scalar, with gradient to policy; metric sums [6], without). Both float32.
 
-    policy_S, reference_S: float32 [2 G], first and second response of each pair in turn. G may be 0. Raises ValueError
-    where Triton cannot run: there is no other back end.
+    policy_S, reference_S: float64 or float32 [2 G], first and second response of each pair in turn; subtracted in
+    float64. G may be 0. Raises ValueError for other shapes and dtypes, and where Triton cannot run: there is no other
+    back end.
     """
+    for name, values_S in (("policy", policy_S), ("reference", reference_S)):
+        if values_S.dtype not in (torch.float32, torch.float64) or values_S.dim() != 1:
+            raise ValueError(f"{name} is {values_S.dtype} {list(values_S.shape)}: need float64 or float32 [2 G]")
+    if len(policy_S) % 2 or len(policy_S) != len(reference_S):
+        raise ValueError(f"{len(policy_S)} and {len(reference_S)} log-probabilities: need two of each for every pair")
     uses_triton("triton", policy_S.device)
     return _PairLoss.apply(policy_S, reference_S, beta, smoothing)
 

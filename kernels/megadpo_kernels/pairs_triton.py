@@ -2,6 +2,7 @@
 
 # mypy: disable-error-code="no-untyped-def"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,21 +12,24 @@ from megadpo_kernels.configs import config_for
 
 @triton.jit(do_not_specialize=["pairs"])
 def pair_loss_kernel(policy, reference, sums, slopes, pairs, beta, smoothing, BLOCK: tl.constexpr):
-    """One program for all pairs: a micro-batch has some dozens. Sums: loss, then the metrics in their order."""
+    """One program for all pairs: a micro-batch has some dozens. Sums: loss, then the metrics in their order.
+
+    Differences are taken in float64, as the log-probabilities come; what is left of them are float32's numbers.
+    """
     loss = tl.zeros((BLOCK,), tl.float32)
-    reward0 = tl.zeros((BLOCK,), tl.float32)
-    reward1 = tl.zeros((BLOCK,), tl.float32)
+    reward0 = tl.zeros((BLOCK,), tl.float64)
+    reward1 = tl.zeros((BLOCK,), tl.float64)
     right = tl.zeros((BLOCK,), tl.float32)
-    policy0 = tl.zeros((BLOCK,), tl.float32)
-    policy1 = tl.zeros((BLOCK,), tl.float32)
+    policy0 = tl.zeros((BLOCK,), tl.float64)
+    policy1 = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, pairs, BLOCK):
         pair = at + tl.arange(0, BLOCK)
         inside = pair < pairs
-        p0 = tl.load(policy + 2 * pair, mask=inside, other=0.0)
-        p1 = tl.load(policy + 2 * pair + 1, mask=inside, other=0.0)
-        r0 = beta * (p0 - tl.load(reference + 2 * pair, mask=inside, other=0.0))
-        r1 = beta * (p1 - tl.load(reference + 2 * pair + 1, mask=inside, other=0.0))
-        margin = r0 - r1
+        p0 = tl.load(policy + 2 * pair, mask=inside, other=0.0).to(tl.float64)
+        p1 = tl.load(policy + 2 * pair + 1, mask=inside, other=0.0).to(tl.float64)
+        r0 = beta * (p0 - tl.load(reference + 2 * pair, mask=inside, other=0.0).to(tl.float64))
+        r1 = beta * (p1 - tl.load(reference + 2 * pair + 1, mask=inside, other=0.0).to(tl.float64))
+        margin = (r0 - r1).to(tl.float32)
         # log sigmoid(m) = min(m, 0) - log(1 + exp(-|m|)), which neither overflows nor cancels
         small = tl.exp(-tl.abs(margin))
         tail = tl.log(1 + small)
@@ -55,8 +59,9 @@ def pair_loss_kernel(policy, reference, sums, slopes, pairs, beta, smoothing, BL
 
 
 def pair_loss(policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    """(loss and metric sums [7], gradient of the loss sum to policy [2 G])."""
-    sums, slope_S = policy_S.new_zeros(7), policy_S.new_empty(len(policy_S))
+    """(loss and metric sums, float32 [7]; gradient of the loss sum to policy, [2 G], in its dtype)."""
+    sums = torch.zeros(7, dtype=torch.float32, device=policy_S.device)
+    slope_S = torch.empty_like(policy_S, memory_format=torch.contiguous_format)
     if len(policy_S):
         config = config_for("pair_loss", policy_S.device, len(policy_S))
         pair_loss_kernel[(1,)](

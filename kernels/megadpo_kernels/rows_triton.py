@@ -91,8 +91,8 @@ def slope(
 
 
 def segment_sums(values_N: Tensor, lengths_S: Tensor) -> Tensor:
-    """float32 [S] from float32 [N] and int64 [S]; see `sums.response_sums`."""
-    sums_S = torch.empty(len(lengths_S), dtype=torch.float32, device=values_N.device)
+    """float64 [S] from float32 [N] and int64 [S]; see `sums.response_sums`."""
+    sums_S = torch.empty(len(lengths_S), dtype=torch.float64, device=values_N.device)
     if len(lengths_S):
         config = config_for("segment_sums", values_N.device, len(values_N))
         segment_sums_kernel[(len(lengths_S),)](

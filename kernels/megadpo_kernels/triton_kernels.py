@@ -204,4 +204,4 @@ def segment_sums_kernel(values, ends, sums, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float64)
     for at in range(start, end, BLOCK):
         total += tl.load(values + at + lanes, mask=at + lanes < end, other=0.0).to(tl.float64)
-    tl.store(sums + segment, tl.sum(total, 0).to(tl.float32))
+    tl.store(sums + segment, tl.sum(total, 0))

@@ -39,11 +39,11 @@ class Pairs:
 
     @cached_property
     def policy_G2(self) -> Tensor:
-        return self.sequences.field("policy_S").view(-1, 2)
+        return two_columns(self.sequences.field("policy_S"))
 
     @cached_property
     def reference_G2(self) -> Tensor:
-        return self.sequences.field("reference_S").view(-1, 2)
+        return two_columns(self.sequences.field("reference_S"))
 
     @cached_property
     def tokens_G2(self) -> Tensor:
@@ -68,6 +68,13 @@ class Pairs:
     def score_margin_G(self) -> Tensor:
         """Judge's score of the chosen response minus that of the rejected one."""
         return difference(self.sequences.field("scores_S").view(-1, 2))
+
+
+def two_columns(values_S: Tensor) -> Tensor:
+    """[G, 2]. Raises ValueError for an odd number."""
+    if len(values_S) % 2:
+        raise ValueError(f"{len(values_S)} values: need two for every pair")
+    return values_S.view(-1, 2)
 
 
 def difference(values_G2: Tensor) -> Tensor:
@@ -165,8 +172,9 @@ class DPO(Pairwise):
     def __call__(self, sequences: Sequences) -> Outcome:
         if sequences.backend != "triton":
             return super().__call__(sequences)
-        assert sequences.reference_S is not None  # the same in one launch
-        loss, metrics = pair_loss(sequences.policy_S, sequences.reference_S, self.beta, self.label_smoothing)
+        pairs = Pairs(sequences)  # raises what the formula raises; then the same in one launch
+        policy_S, reference_S = pairs.policy_G2.flatten(), pairs.reference_G2.flatten()
+        loss, metrics = pair_loss(policy_S, reference_S, self.beta, self.label_smoothing)
         return Outcome(loss, sequences.count(self.unit), metrics)
 
 

@@ -60,8 +60,8 @@ def kernels_of(chunks: Sequence[Any]) -> Backend:
 
 
 def response_sums(logprob_N: Tensor, batch: PackedBatch, backend: Backend) -> Tensor:
-    """float32 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream; of a
-    reward model its reward, which is already one number."""
+    """float64 [S]: log-probability of every response, with the same bits whatever its neighbours in the stream; of a
+    reward model its reward, float32, which is already one number."""
     if batch.scalar:
         return logprob_N
     return megadpo_kernels.response_sums(logprob_N, batch.tokens_S, backend)
@@ -155,7 +155,7 @@ def score(
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities float32 of a micro-batch's responses and of their tokens."""
+    """Log-probabilities of a micro-batch's responses, float64 (rewards: float32), and of their tokens, float32."""
 
     sums_S: Tensor
     logprob_N: Tensor

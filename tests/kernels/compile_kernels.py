@@ -74,11 +74,11 @@ def variants() -> Iterator[Variant]:
                 aligned = ("gradients", "sums", "size")
                 yield Variant("add_copies_kernel", types, {"BLOCK": row.block}, row.warps, aligned)
         elif row.kernel == "pair_loss":
-            types = pointers("policy reference sums slopes", "fp32")
+            types = pointers("policy slopes reference", "fp64") | pointers("sums", "fp32")
             types |= {"pairs": "i32", "beta": "fp32", "smoothing": "fp32"}
             yield Variant("pair_loss_kernel", types, {"BLOCK": row.block}, row.warps, ())
         elif row.kernel == "segment_sums":
-            types = pointers("values sums", "fp32") | pointers("ends", "i64")
+            types = pointers("values", "fp32") | pointers("sums", "fp64") | pointers("ends", "i64")
             yield Variant("segment_sums_kernel", types, {"BLOCK": row.block}, row.warps, ())
         else:
             raise AssertionError(f"configs.json names a kernel that is not compiled here: {row.kernel}")

@@ -76,6 +76,40 @@ def test_nan_is_reported(place: Place) -> None:
     assert policy.grad.isnan().tolist() == [False, False, True, True, False, False, False, False]
 
 
+def test_thousands_of_nats_keep_the_margin(place: Place) -> None:
+    """In float32 sums of 5000 nats are 5e-4 apart: a margin of 1e-3 would be lost."""
+    policy = torch.tensor([-5000.0, -4000.0], dtype=torch.float64, device=place.device).requires_grad_()
+    reference = policy.detach() - torch.tensor([1.23e-3, 0.0], dtype=torch.float64, device=place.device)
+    lengths, offsets = torch.ones(2, dtype=torch.int64), torch.tensor([0, 2])
+    outcome = DPO(beta=1.0)(Sequences(policy, reference, lengths, offsets, backend=place.backend))
+    outcome.loss.backward()
+    assert policy.grad.dtype == torch.float64
+    assert float(outcome.metrics[2]) == pytest.approx(1.23e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_is_no_pair_is_refused_by_kernel_and_formula(backend: str) -> None:
+    odd, offsets = torch.zeros(5), torch.tensor([0, 2, 5])
+    with pytest.raises(ValueError, match="the objective needs reference_S"):
+        DPO()(Sequences(odd[:4], None, torch.ones(4, dtype=torch.int64), offsets[:2], backend=backend))
+    with pytest.raises(ValueError, match="5 values: need two for every pair"):
+        DPO()(Sequences(odd, odd, torch.ones(5, dtype=torch.int64), offsets, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "words"),
+    [
+        (torch.zeros(5), torch.zeros(5), "5 and 5"),
+        (torch.zeros(4), torch.zeros(6), "4 and 6"),
+        (torch.zeros(2, 2), torch.zeros(4), r"policy is torch.float32 \[2, 2\]"),
+        (torch.zeros(4), torch.zeros(4).half(), "reference is torch.float16"),
+    ],
+)
+def test_wrong_pairs(policy: torch.Tensor, reference: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pair_loss(policy, reference, 0.1, 0.0)
+
+
 def test_without_triton_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="not installed"):

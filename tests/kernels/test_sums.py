@@ -1,30 +1,33 @@
-"""Sums of responses against float64, and the tables of block sizes."""
+"""Sums of responses against float64, alone and of a head's log-probabilities, and the tables of block sizes."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from cases import Place
-from megadpo_kernels import configs, response_sums
+import torch.distributed as dist
+from cases import Inputs, Place, inputs, truth
+from distributed import run_ranks
+from megadpo_kernels import VocabShard, configs, linear_logprob, response_sums
 from megadpo_kernels.configs import KernelConfig, choose
 from tune_kernels import candidates, merged, write_table
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 1, 130, 64, 0], [1000], [0], []], ids=str)
 def test_sums_and_gradients(lean: Place, lengths: list[int]) -> None:
-    """Empty responses and those of one token included; 1e-4 nats for up to a thousand tokens."""
+    """Empty responses and those of one token included. Up to 16 thousand nats, where float32 has steps of 1e-3."""
     generator = torch.Generator().manual_seed(0)
-    values = -5 * torch.rand(sum(lengths), generator=generator)
+    values = -11 - 5 * torch.rand(sum(lengths), generator=generator)
     upstream = torch.randn(len(lengths), generator=generator)
     x = values.to(lean.device).requires_grad_()
     tokens = torch.tensor(lengths, dtype=torch.int64, device=lean.device)
     sums = response_sums(x, tokens, lean.backend)
     sums.backward(upstream.to(lean.device))
-    assert sums.dtype == torch.float32
+    assert sums.dtype == torch.float64
     want = torch.tensor([float(part.double().sum()) for part in values.detach().split(lengths)], dtype=torch.float64)
     assert sums.shape == want.shape
-    assert (sums.detach().cpu() - want).abs().le(1e-4).all()
+    assert (sums.detach().cpu() - want).abs().le(1e-9).all()
+    assert x.grad.dtype == torch.float32
     assert torch.equal(x.grad.cpu(), upstream.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)))
 
 
@@ -33,6 +36,42 @@ def test_neighbours_do_not_change_a_sum(lean: Place) -> None:
     alone = response_sums(values[37:167], torch.tensor([130], device=lean.device), lean.backend)
     among = response_sums(values, torch.tensor([37, 130, 133], device=lean.device), lean.backend)
     assert torch.equal(alone[0], among[1])
+
+
+SUM = 1e-4
+"""Nats per response of up to a thousand tokens: of the head and the sum together."""
+RESPONSES = [1000, 0, 300, 1]
+
+
+def head(vocab: int) -> tuple[Inputs, torch.Tensor]:
+    """Rows whose log-probabilities add up to thousands of nats, and the responses' true sums."""
+    given = inputs(sum(RESPONSES), 64, vocab)
+    return given, torch.stack([part.sum() for part in truth(given).logprob_N.split(RESPONSES)])
+
+
+def test_sums_of_a_head(place: Place) -> None:
+    """From hidden states to sums. A small vocabulary where Triton is interpreted, for time."""
+    given, want = head(100 if (place.device.type, place.backend) == ("cpu", "triton") else 8000)
+    there = given.to(place.device, torch.float32)
+    shard = VocabShard(0, len(given.weight_VD), None)
+    logprob = linear_logprob(there.hidden_ND, there.weight_VD, there.targets_N, shard, backend=place.backend)
+    sums = response_sums(logprob, torch.tensor(RESPONSES, device=place.device), place.backend)
+    assert (sums.cpu() - want).abs().max() <= SUM
+
+
+def sums_split(device: torch.device) -> torch.Tensor:
+    group = dist.group.WORLD
+    given, _ = head(8000)
+    part = given.weight_VD.chunk(group.size())[group.rank()]
+    shard = VocabShard(group.rank() * len(part), 8000, group)
+    logprob = linear_logprob(given.hidden_ND, part, given.targets_N, shard, backend="chunked")
+    return response_sums(logprob, torch.tensor(RESPONSES))
+
+
+def test_sums_of_a_split_head() -> None:
+    first, second = run_ranks(2, sums_split)
+    assert torch.equal(first, second)
+    assert (first - head(8000)[1]).abs().max() <= SUM
 
 
 TABLE = (
