@@ -3,7 +3,8 @@
     python tools/tune_kernels.py --columns 16032 32000 128256 --rows 2048 [--write]
 
 Every candidate is timed on float32 logits of rows x columns, once it was found to give the numbers of the torch code.
-The best of each kernel becomes a row for this architecture that holds up to so many columns. Commit the table: kernels
+The best of each kernel, and for the slopes of each dtype, becomes a row for this architecture that holds up to so many
+columns. Commit the table: kernels
 never tune themselves while ranks train.
 """
 
@@ -22,23 +23,27 @@ from bench_kernels import median_ms
 from megadpo_kernels import configs, rows
 from megadpo_kernels.configs import KernelConfig
 from megadpo_kernels.shard import PLAIN
+from torch import Tensor
 
 BLOCKS = (1024, 2048, 4096, 8192)
 WARPS = (4, 8, 16)
+SLOPES = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}
+"""How far, relatively, a slope may be from the torch code's: one step of the dtype where both round."""
 
 
-def candidates(kernel: str, arch: str, columns: int) -> Iterable[KernelConfig]:
-    """At least 4 and at most 32 elements a thread: fewer waste 16-byte loads, more spill."""
+def candidates(kernel: str, arch: str, columns: int, dtype: str = "any") -> Iterable[KernelConfig]:
+    """At least 8 and at most 32 elements a thread: fewer waste 16-byte stores of 2-byte slopes, more spill."""
     for block in BLOCKS:
         for warps in WARPS:
-            if 4 <= block // (32 * warps) <= 32:
-                yield KernelConfig(kernel, arch, columns, block, warps)
+            if 8 <= block // (32 * warps) <= 32:
+                yield KernelConfig(kernel, arch, columns, block, warps, dtype)
 
 
 def merged(table: Iterable[KernelConfig], found: Iterable[KernelConfig]) -> list[KernelConfig]:
-    """The table with `found` in place of rows for the same kernel, architecture and size; "any" stays last."""
-    new = {(row.kernel, row.arch, row.up_to): row for row in [*table, *found]}
-    return sorted(new.values(), key=lambda row: (row.kernel, row.arch == "any", row.arch, row.up_to))
+    """The table with `found` in place of rows for the same kernel, architecture, dtype and size; "any" stays
+    last."""
+    new = {(row.kernel, row.arch, row.dtype, row.up_to): row for row in [*table, *found]}
+    return sorted(new.values(), key=lambda row: (row.kernel, row.arch == "any", row.arch, row.dtype, row.up_to))
 
 
 def write_table(path: Path, table: Iterable[KernelConfig]) -> None:
@@ -55,13 +60,16 @@ def best(
     """The fastest and its milliseconds."""
     times = [(median_ms(lambda row=row: run(row), device, repeats=20), row) for row in options]  # type: ignore[misc]
     for milliseconds, row in times:
-        print(f"  {row.kernel} {row.up_to} columns, block {row.block}, {row.warps} warps: {milliseconds:.3f} ms")
+        print(
+            f"  {row.kernel} {row.dtype} {row.up_to} columns, block {row.block}, {row.warps} warps: {milliseconds:.3f} ms"
+        )
     milliseconds, row = min(times, key=lambda pair: pair[0])
     return row, milliseconds
 
 
 def tune(columns: int, count: int, device: torch.device) -> list[KernelConfig]:
-    """The best rows for row_stats and slope at this many columns."""
+    """The best rows for row_stats, and for slope in every dtype, at this many columns. AssertionError where a candidate
+    gives other numbers than the torch code."""
     from megadpo_kernels import rows_triton
 
     arch = configs.architecture(device)
@@ -81,25 +89,34 @@ def tune(columns: int, count: int, device: torch.device) -> list[KernelConfig]:
         use(row)
         rows_triton.row_stats(stats, logits, columns, targets, PLAIN)
 
-    def run_slope(row: KernelConfig) -> None:
+    def run_slope(row: KernelConfig) -> Tensor:
         use(row)
         scratch.copy_(logits)
-        rows_triton.slope(scratch, columns, targets, normaliser, upstream, None, PLAIN, torch.bfloat16)
+        dtype = getattr(torch, row.dtype)
+        return rows_triton.slope(scratch, columns, targets, normaliser, upstream, None, PLAIN, dtype)
 
     scratch = torch.empty_like(logits)
-    found = []
-    for kernel, run in (("row_stats", run_stats), ("slope", run_slope)):
-        choices = list(candidates(kernel, arch, columns))
+    choices = list(candidates("row_stats", arch, columns))
+    for row in choices:
+        run_stats(row)
+        torch.testing.assert_close(stats, want, atol=1e-4, rtol=1e-5)
+    found = [report(*best(choices, run_stats, device), logits.nbytes)]
+    for dtype, tolerance in SLOPES.items():
+        true = rows.slope(logits.clone(), columns, targets, normaliser, upstream, None, PLAIN, dtype)
+        choices = list(candidates("slope", arch, columns, str(dtype).removeprefix("torch.")))
         for row in choices:
-            run(row)
-            if kernel == "row_stats":
-                torch.testing.assert_close(stats, want, atol=1e-4, rtol=1e-5)
-        row, milliseconds = best(choices, run, device)
-        # both kernels read float32 once; slope writes half as much, and its time here holds a copy of the logits
-        moved = logits.nbytes * (1 if kernel == "row_stats" else 3.5)
-        print(f"{kernel}: block {row.block}, {row.warps} warps, {moved / milliseconds / 1e6:.0f} GB/s")
-        found.append(row)
+            torch.testing.assert_close(run_slope(row), true, atol=1e-7, rtol=tolerance)
+        # logits are read, the slopes written; and the time here holds a copy of the logits
+        moved = logits.nbytes * (3 + dtype.itemsize / 4)
+        found.append(report(*best(choices, run_slope, device), moved))
     return found
+
+
+def report(row: KernelConfig, milliseconds: float, moved: float) -> KernelConfig:
+    """The row, printed. moved: bytes."""
+    rate = moved / milliseconds / 1e6
+    print(f"{row.kernel} ({row.dtype}): block {row.block}, {row.warps} warps, {rate:.0f} GB/s")
+    return row
 
 
 def main() -> None:

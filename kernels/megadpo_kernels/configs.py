@@ -20,7 +20,7 @@ INTERPRETED_BLOCK = 64
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One row: for `kernel` on `arch` ("sm_90", or "any") where its length is at most `up_to`."""
+    """One row: for `kernel` on `arch` ("sm_90", or "any") in `dtype` where its length is at most `up_to`."""
 
     kernel: str
     arch: str
@@ -28,6 +28,8 @@ class KernelConfig:
     """Columns of a row, or what else the kernel's blocks divide."""
     block: int
     warps: int
+    dtype: str = "any"
+    """Of what the kernel writes: "bfloat16", "float16", "float32", "float64", or "any"."""
 
 
 @cache
@@ -36,17 +38,22 @@ def shipped() -> tuple[KernelConfig, ...]:
     return tuple(KernelConfig(**row) for row in json.loads(TABLE.read_text()))
 
 
-def choose(table: tuple[KernelConfig, ...], kernel: str, arch: str, length: int) -> KernelConfig:
-    """The row with the smallest `up_to` that holds `length`; the architecture's own rows before those of "any"."""
-    fitting = [row for row in table if row.kernel == kernel and row.arch in (arch, "any") and length <= row.up_to]
-    return min(fitting, key=lambda row: (row.arch == "any", row.up_to))
+def choose(table: tuple[KernelConfig, ...], kernel: str, arch: str, length: int, dtype: str) -> KernelConfig:
+    """The row with the smallest `up_to` that holds `length`; the architecture's own rows before those of "any", and
+    among them the dtype's own."""
+    fitting = [
+        row
+        for row in table
+        if row.kernel == kernel and row.arch in (arch, "any") and row.dtype in (dtype, "any") and length <= row.up_to
+    ]
+    return min(fitting, key=lambda row: (row.arch == "any", row.dtype == "any", row.up_to))
 
 
-def config_for(kernel: str, device: torch.device, length: int) -> KernelConfig:
-    """The row for a launch on this device."""
+def config_for(kernel: str, device: torch.device, length: int, dtype: torch.dtype) -> KernelConfig:
+    """The row for a launch on this device; dtype is that of what the kernel writes."""
     if device.type != "cuda":
         return KernelConfig(kernel, "interpreter", length, INTERPRETED_BLOCK, 4)
-    return choose(shipped(), kernel, architecture(device), length)
+    return choose(shipped(), kernel, architecture(device), length, str(dtype).removeprefix("torch."))
 
 
 @cache

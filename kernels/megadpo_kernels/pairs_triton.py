@@ -63,7 +63,7 @@ def pair_loss(policy_S: Tensor, reference_S: Tensor, beta: float, smoothing: flo
     sums = torch.zeros(7, dtype=torch.float32, device=policy_S.device)
     slope_S = torch.empty_like(policy_S, memory_format=torch.contiguous_format)
     if len(policy_S):
-        config = config_for("pair_loss", policy_S.device, len(policy_S))
+        config = config_for("pair_loss", policy_S.device, len(policy_S), slope_S.dtype)
         pair_loss_kernel[(1,)](
             policy_S.contiguous(),
             reference_S.contiguous(),

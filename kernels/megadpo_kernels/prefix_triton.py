@@ -30,7 +30,7 @@ def add_copies(gradient_KHW: Tensor, places_K: Tensor, starts_T1: Tensor) -> Ten
     length, heads, width = len(starts_T1) - 1, *gradient_KHW.shape[1:]
     sums = gradient_KHW.new_empty(length, heads, width)
     if length:
-        config = config_for("add_copies", gradient_KHW.device, heads * width)
+        config = config_for("add_copies", gradient_KHW.device, heads * width, sums.dtype)
         add_copies_kernel[(length,)](
             gradient_KHW, places_K, starts_T1, sums, heads * width, BLOCK=config.block, num_warps=config.warps
         )

@@ -18,7 +18,7 @@ def row_stats(
     stats_KM: Tensor, logits_MP: Tensor, columns: int, targets_M: Tensor, options: LogitOptions, extra: Extra = None
 ) -> None:
     """`rows.row_stats`."""
-    config = config_for("row_stats", logits_MP.device, columns)
+    config = config_for("row_stats", logits_MP.device, columns, stats_KM.dtype)
     row_stats_kernel[(len(logits_MP),)](
         logits_MP,
         logits_MP.stride(0),
@@ -41,7 +41,7 @@ def combine(stats_RKN: Tensor, extra: Extra = None) -> tuple[Tensor, Tensor, Ten
     normaliser_3N = logprob_N.new_empty(3, rows)
     extra_N = logprob_N.new_empty(rows) if extra else None
     if rows:
-        config = config_for("combine", stats_RKN.device, rows)
+        config = config_for("combine", stats_RKN.device, rows, logprob_N.dtype)
         combine_kernel[(-(-rows // config.block),)](
             stats_RKN.contiguous(),
             logprob_N,
@@ -67,7 +67,7 @@ def slope(
     dtype: torch.dtype,
 ) -> Tensor:
     """`rows.slope`, in the memory of the logits for every dtype."""
-    config = config_for("slope", logits_MP.device, columns)
+    config = config_for("slope", logits_MP.device, columns, dtype)
     slope_MP = logits_MP.view(dtype)
     slope_kernel[(len(logits_MP),)](
         logits_MP,
@@ -94,7 +94,7 @@ def segment_sums(values_N: Tensor, lengths_S: Tensor) -> Tensor:
     """float64 [S] from float32 [N] and int64 [S]; see `sums.response_sums`."""
     sums_S = torch.empty(len(lengths_S), dtype=torch.float64, device=values_N.device)
     if len(lengths_S):
-        config = config_for("segment_sums", values_N.device, len(values_N))
+        config = config_for("segment_sums", values_N.device, len(values_N), sums_S.dtype)
         segment_sums_kernel[(len(lengths_S),)](
             values_N.contiguous(), lengths_S.cumsum(0), sums_S, BLOCK=config.block, num_warps=config.warps
         )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import tune_kernels
 import torch.distributed as dist
 from cases import Inputs, Place, inputs, truth
 from distributed import run_ranks
-from megadpo_kernels import VocabShard, configs, linear_logprob, response_sums
+from megadpo_kernels import VocabShard, configs, linear_logprob, response_sums, triton_problem
 from megadpo_kernels.configs import KernelConfig, choose
 from tune_kernels import candidates, merged, write_table
 
@@ -78,23 +79,33 @@ TABLE = (
     KernelConfig("slope", "any", 2**31 - 1, 4096, 8),
     KernelConfig("slope", "any", 1000, 512, 4),
     KernelConfig("slope", "sm_90", 20000, 2048, 4),
+    KernelConfig("slope", "sm_90", 2**31 - 1, 1024, 4, "float16"),
     KernelConfig("other", "sm_90", 20000, 64, 1),
 )
 
 
 @pytest.mark.parametrize(
-    ("arch", "length", "block"),
-    [("sm_80", 500, 512), ("sm_80", 5000, 4096), ("sm_90", 500, 2048), ("sm_90", 20000, 2048), ("sm_90", 20001, 4096)],
+    ("arch", "length", "dtype", "block"),
+    [
+        ("sm_80", 500, "bfloat16", 512),
+        ("sm_80", 5000, "float16", 4096),
+        ("sm_90", 500, "bfloat16", 2048),
+        ("sm_90", 20000, "float32", 2048),
+        ("sm_90", 20001, "float32", 4096),
+        ("sm_90", 500, "float16", 1024),
+    ],
 )
-def test_the_architecture_comes_first_then_the_tightest_row(arch: str, length: int, block: int) -> None:
-    assert choose(TABLE, "slope", arch, length).block == block
+def test_the_architecture_comes_first_then_the_dtype_then_the_tightest_row(
+    arch: str, length: int, dtype: str, block: int
+) -> None:
+    assert choose(TABLE, "slope", arch, length, dtype).block == block
 
 
 def test_the_shipped_table_has_a_row_for_everything() -> None:
     rows = configs.shipped()
     assert len(rows) == len(json.loads(Path(configs.TABLE).read_text()))
     for kernel in {row.kernel for row in rows}:
-        assert choose(rows, kernel, "sm_75", 2**31 - 1).arch == "any"
+        assert choose(rows, kernel, "sm_75", 2**31 - 1, "bfloat16").arch == "any"
 
 
 def test_tuning_adds_rows_that_are_read_back(tmp_path: Path) -> None:
@@ -103,6 +114,29 @@ def test_tuning_adds_rows_that_are_read_back(tmp_path: Path) -> None:
     assert len(table) == len(TABLE)
     write_table(tmp_path / "table.json", table)
     back = tuple(KernelConfig(**row) for row in json.loads((tmp_path / "table.json").read_text()))
-    assert choose(back, "slope", "sm_90", 500) == better
-    assert choose(back, "slope", "sm_80", 500).block == 512
-    assert all(4 <= row.block // (32 * row.warps) <= 32 for row in candidates("slope", "sm_90", 100))
+    assert choose(back, "slope", "sm_90", 500, "bfloat16") == better
+    assert choose(back, "slope", "sm_90", 500, "float16").block == 1024
+    assert choose(back, "slope", "sm_80", 500, "bfloat16").block == 512
+    assert all(8 <= row.block // (32 * row.warps) <= 32 for row in candidates("slope", "sm_90", 100))
+
+
+@pytest.mark.skipif(triton_problem(torch.device("cpu")) is not None, reason="Triton cannot run here")
+def test_tuning_compares_every_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU all candidates run with the interpreter's block; what is tried here is the comparison."""
+    from megadpo_kernels import rows_triton
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(configs, "shipped", configs.shipped)  # restored: tuning replaces it
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune_kernels, "best", lambda options, run, device: (list(options)[0], 1.0))
+    monkeypatch.setattr(tune_kernels, "BLOCKS", (1024,))
+    found = tune_kernels.tune(70, 5, device)
+    assert [(row.kernel, row.dtype) for row in found] == [
+        ("row_stats", "any"), ("slope", "bfloat16"), ("slope", "float16"), ("slope", "float32"),
+    ]  # fmt: skip
+    right = rows_triton.slope
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        wrong = lambda *given, dtype=dtype: right(*given) * (1.02 if given[-1] == dtype else 1)  # noqa: E731
+        monkeypatch.setattr(rows_triton, "slope", wrong)
+        with pytest.raises(AssertionError):
+            tune_kernels.tune(70, 5, device)
