@@ -60,9 +60,8 @@ def best(
     """The fastest and its milliseconds."""
     times = [(median_ms(lambda row=row: run(row), device, repeats=20), row) for row in options]  # type: ignore[misc]
     for milliseconds, row in times:
-        print(
-            f"  {row.kernel} {row.dtype} {row.up_to} columns, block {row.block}, {row.warps} warps: {milliseconds:.3f} ms"
-        )
+        sizes = f"{row.up_to} columns, block {row.block}, {row.warps} warps"
+        print(f"  {row.kernel} ({row.dtype}), {sizes}: {milliseconds:.3f} ms")
     milliseconds, row = min(times, key=lambda pair: pair[0])
     return row, milliseconds
 

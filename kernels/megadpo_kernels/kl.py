@@ -54,14 +54,14 @@ def linear_kl(
     check(reference_hidden_NE, reference_weight_VE, targets_N, whole_rows, None)
     if len(weight_VD) != len(reference_weight_VE):
         raise ValueError(f"weights have {len(weight_VD)} and {len(reference_weight_VE)} rows: need the same")
+    chunk = limits(shard.columns(len(weight_VD)), hidden_TD.device)[0] if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: need at least 1 row")
     if backend == "reference":
         ours_NV = reference.distributions(hidden_TD, weight_VD, rows_N, shard, options)
         with torch.no_grad():
             theirs_NV = reference.distributions(reference_hidden_NE, reference_weight_VE, None, whole_rows, options)
         return (theirs_NV.exp() * (theirs_NV - ours_NV)).sum(-1).float()
-    chunk = limits(shard.columns(len(weight_VD)), hidden_TD.device)[0] if chunk is None else chunk
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: need at least 1 row")
     settings = _Settings(shard, options, chunk)
     return _ChunkedKL.apply(hidden_TD, weight_VD, reference_hidden_NE, reference_weight_VE, rows_N, settings)
 

@@ -33,6 +33,7 @@ def linear_logprob(
     hidden_TD: bfloat16, float16 or float32; the same on every rank of the group, or this rank's rows under sequence
     parallelism. weight_VD: same dtype. targets_N: int64 global ids; one outside the vocabulary has probability 0.
     rows_N: int64, which rows of the (whole) stream are scored, in any order, possibly more than once; all where None.
+    That they are in range is checked on a CPU alone: on a GPU the host would have to wait for them.
 
     Gradients to hidden and weight, for any upstream gradient; that to hidden is already summed over the group (and
     this rank's rows under sequence parallelism). A weight with Megatron's `main_grad` gets its gradient there
@@ -115,8 +116,6 @@ def _run(
     extra: Extra,
 ) -> tuple[Tensor, Tensor | None]:
     check(hidden_TD, weight_VD, targets_N, shard, rows_N)
-    if backend == "reference":
-        return reference.linear_logprob(hidden_TD, weight_VD, targets_N, rows_N, shard, options, extra)
     columns = shard.columns(len(weight_VD))
     chunk, cache_bytes = (
         given if given is not None else usual
@@ -124,6 +123,8 @@ def _run(
     )
     if chunk < 1 or cache_bytes < 0:
         raise ValueError(f"chunk = {chunk}, cache_bytes = {cache_bytes}: need at least 1 row and 0 bytes")
+    if backend == "reference":
+        return reference.linear_logprob(hidden_TD, weight_VD, targets_N, rows_N, shard, options, extra)
     differentiable = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     ops = _row_ops(backend, hidden_TD.device)
     call = Call(shard, options, ops, chunk, cache_bytes if differentiable else 0, extra)
@@ -147,8 +148,17 @@ def check(hidden_TD: Tensor, weight_VD: Tensor, targets_N: Tensor, shard: VocabS
         dtypes = f"{hidden_TD.dtype} and {weight_VD.dtype}"
         raise ValueError(f"hidden and weight are {dtypes}: need the same of bfloat16, float16, float32")
     whole = len(hidden_TD) * (shard.ranks if shard.sequence_parallel else 1)
+    if rows_N is not None:
+        _check_rows(rows_N, whole)
     scored = whole if rows_N is None else len(rows_N)
     if targets_N.shape != (scored,) or targets_N.dtype != torch.int64:
         raise ValueError(
             f"targets are {targets_N.dtype} {list(targets_N.shape)} for {scored} scored rows: need int64 [{scored}]"
         )
+
+
+def _check_rows(rows_N: Tensor, whole: int) -> None:
+    if rows_N.dtype != torch.int64 or rows_N.dim() != 1:
+        raise ValueError(f"rows_N is {rows_N.dtype} {list(rows_N.shape)}: need int64 [N]")
+    if rows_N.device.type == "cpu" and len(rows_N) and not 0 <= int(rows_N.min()) <= int(rows_N.max()) < whole:
+        raise ValueError(f"rows_N goes from {int(rows_N.min())} to {int(rows_N.max())}: the stream has {whole} rows")

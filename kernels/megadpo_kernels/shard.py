@@ -22,6 +22,12 @@ class VocabShard:
     sequence_parallel: bool = False
     """hidden is split over the group by rows, in rank order; otherwise it is the same on every rank."""
 
+    def __post_init__(self) -> None:
+        if self.valid < 1 or self.start < 0:
+            raise ValueError(f"start = {self.start}, valid = {self.valid}: need at least 0 and at least one real token")
+        if self.group is None and self.start:
+            raise ValueError(f"start = {self.start} without a group: one rank that holds the whole head starts at 0")
+
     @property
     def ranks(self) -> int:
         return 1 if self.group is None else self.group.size()

@@ -2,7 +2,8 @@
 
     python tests/kernels/compile_kernels.py [--all]
 
-With --all every combination of flags for every GPU; without, what is rare for one GPU only. Run as a program of its own: TRITON_INTERPRET must not be set when Triton is imported.
+With --all every combination of flags for every GPU; without, what is rare for one GPU only.
+Run as a program of its own: TRITON_INTERPRET must not be set when Triton is imported.
 """
 
 import json

@@ -140,6 +140,7 @@ def test_collision_has_no_gradient_and_leaves_the_log_probability_alone(place: P
     [
         ({"backend": "triton"}, "linear_kl has reference and chunked"),
         ({"chunk": 0}, "at least 1 row"),
+        ({"chunk": 0, "backend": "reference"}, "at least 1 row"),
     ],
 )
 def test_what_cannot_work_is_refused(change: dict, words: str) -> None:

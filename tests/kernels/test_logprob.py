@@ -1,11 +1,13 @@
 """linear_logprob on one rank: every back end against float64, values and gradients, kind and unkind inputs."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from cases import GRADIENT, LOGPROB, Inputs, Place, answer, assert_near, inputs, relative, truth
-from megadpo_kernels import LogitOptions, VocabShard, linear_logprob
+from megadpo_kernels import LogitOptions, VocabShard, chunked, gemm, linear_logprob
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,6 +23,13 @@ def test_against_float64(place: Place, dtype: torch.dtype, options: LogitOptions
     assert_near(got, truth(given, options, entropy=True), GRADIENT[dtype])
     got = answer(given, place.backend, options=options)
     assert_near(got, truth(given, options), GRADIENT[dtype])
+
+
+@pytest.mark.parametrize("cap", [5.0, 30.0, 1000.0])
+def test_soft_caps_keep_their_digits(place: Place, cap: float) -> None:
+    """Far over the logits a cap leaves almost only them: 1000 (1 - small) / (1 + small) would be off by 1e-4."""
+    given, options = inputs(23, 32, 101, scale=3).to(place.device, torch.float32), LogitOptions(soft_cap=cap)
+    assert_near(answer(given, place.backend, options=options), truth(given, options), GRADIENT[torch.float32])
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 64, 65, 128])
@@ -154,6 +163,41 @@ def test_kept_logits_give_the_same_bits(lean: Place, dtype: torch.dtype) -> None
         assert torch.equal(answers[0].weight, other.weight)
 
 
+@pytest.mark.parametrize(("chunks_kept", "computed_again"), [(0, 4), (1, 3), (2.5, 2), (4, 0)])
+def test_kept_logits_are_not_computed_again(
+    lean: Place, chunks_kept: float, computed_again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """23 rows in chunks of 7: four products forward, and backward only those of the chunks that were not kept."""
+    products = []
+    original = gemm.logits_into
+    monkeypatch.setattr(gemm, "logits_into", lambda *given: products.append(len(given[0])) or original(*given))
+    given = inputs(23, 16, 101).to(lean.device, torch.float32)
+    answer(given, lean.backend, chunk=7, cache_bytes=int(chunks_kept * 7 * 112 * 4))
+    assert products[:4] == [7, 7, 7, 2]
+    assert len(products) == 4 + computed_again
+
+
+def test_the_sum_over_ranks_runs_beside_the_last_weight_product(lean: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is begun after the last chunk's hidden gradient and waited for after that chunk's weight gradient."""
+    order = []
+
+    def start_sum(partial: torch.Tensor, shard: VocabShard) -> Callable[[], torch.Tensor]:
+        order.append("start")
+        return lambda: order.append("wait") or partial
+
+    monkeypatch.setattr(chunked, "start_sum", start_sum)
+    for name in ("hidden_gradient", "add_weight_gradient"):
+
+        def noted(*given: torch.Tensor, name: str = name, original: Callable = getattr(gemm, name)) -> Any:
+            order.append(name)
+            return original(*given)
+
+        monkeypatch.setattr(gemm, name, noted)
+    answer(inputs(12, 16, 101).to(lean.device, torch.float32), lean.backend, chunk=7)
+    hidden, weight = "hidden_gradient", "add_weight_gradient"
+    assert order == [hidden, weight, hidden, "start", weight, "wait"]
+
+
 def test_backward_twice(lean: Place) -> None:
     """The first pass writes over the kept logits; the second must not use them."""
     given = inputs(9, 8, 30).to(lean.device, torch.float32)
@@ -225,6 +269,32 @@ def test_wrong_inputs(change: dict, words: str) -> None:
     given = replace(inputs(4, 8, 30), **change)
     with pytest.raises(ValueError, match=words):
         linear_logprob(given.hidden_ND, given.weight_VD, given.targets_N, VocabShard(0, 30, None))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "triton"])
+def test_wrong_rows_and_limits(backend: str) -> None:
+    """The same from every back end."""
+    given = inputs(4, 8, 30)
+    arguments = (given.hidden_ND, given.weight_VD, given.targets_N, VocabShard(0, 30, None))
+    rows = torch.arange(4)
+    for change, words in (
+        ({"rows_N": rows.float()}, r"rows_N is torch.float32 \[4\]: need int64 \[N\]"),
+        ({"rows_N": rows.int()}, "rows_N is torch.int32"),
+        ({"rows_N": rows > 0}, "rows_N is torch.bool"),
+        ({"rows_N": rows[:, None]}, r"rows_N is torch.int64 \[4, 1\]"),
+        ({"rows_N": rows + 1}, "rows_N goes from 1 to 4: the stream has 4 rows"),
+        ({"rows_N": rows - 1}, "rows_N goes from -1 to 2"),
+        ({"chunk": 0}, "chunk = 0"),
+        ({"cache_bytes": -1}, "cache_bytes = -1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_logprob(*arguments, backend=backend, **change)
+
+
+@pytest.mark.parametrize(("start", "valid"), [(0, 0), (-1, 30), (5, 30)])
+def test_wrong_shards(start: int, valid: int) -> None:
+    with pytest.raises(ValueError, match=f"start = {start}"):
+        VocabShard(start, valid, None)
 
 
 def test_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import tune_kernels
 import torch.distributed as dist
+import tune_kernels
 from cases import Inputs, Place, inputs, truth
 from distributed import run_ranks
 from megadpo_kernels import VocabShard, configs, linear_logprob, response_sums, triton_problem
@@ -37,6 +37,15 @@ def test_neighbours_do_not_change_a_sum(lean: Place) -> None:
     alone = response_sums(values[37:167], torch.tensor([130], device=lean.device), lean.backend)
     among = response_sums(values, torch.tensor([37, 130, 133], device=lean.device), lean.backend)
     assert torch.equal(alone[0], among[1])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [([4, 4], "add up to 8"), ([6, 6], "add up to 12"), ([-1, 11], "need 0 or more"), ([5.0, 5.0], "torch.float32")],
+)
+def test_lengths_that_are_not_the_tokens(lean: Place, lengths: list, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        response_sums(torch.ones(10), torch.tensor(lengths), lean.backend)
 
 
 SUM = 1e-4
@@ -128,7 +137,7 @@ def test_tuning_compares_every_candidate(monkeypatch: pytest.MonkeyPatch) -> Non
     device = torch.device("cpu")
     monkeypatch.setattr(configs, "shipped", configs.shipped)  # restored: tuning replaces it
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(tune_kernels, "best", lambda options, run, device: (list(options)[0], 1.0))
+    monkeypatch.setattr(tune_kernels, "best", lambda options, run, device: (next(iter(options)), 1.0))
     monkeypatch.setattr(tune_kernels, "BLOCKS", (1024,))
     found = tune_kernels.tune(70, 5, device)
     assert [(row.kernel, row.dtype) for row in found] == [
