@@ -187,10 +187,11 @@ def test_the_sum_over_ranks_runs_beside_the_last_weight_product(lean: Place, mon
 
     monkeypatch.setattr(chunked, "start_sum", start_sum)
     for name in ("hidden_gradient", "add_weight_gradient"):
+        original = getattr(gemm, name)
 
-        def noted(*given: torch.Tensor, name: str = name, original: Callable = getattr(gemm, name)) -> Any:
-            order.append(name)
-            return original(*given)
+        def noted(*given: torch.Tensor, _name: str = name, _original: Callable = original) -> Any:
+            order.append(_name)
+            return _original(*given)
 
         monkeypatch.setattr(gemm, name, noted)
     answer(inputs(12, 16, 101).to(lean.device, torch.float32), lean.backend, chunk=7)
