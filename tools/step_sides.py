@@ -127,7 +127,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
         set_learning_rate(state.optimizer, work.learning_rate)
         store, objective = GroupStore.open(Path(work.store)), DPO(beta=work.beta)
         [stream] = open_streams(config, [store], work.ranks, shape.attended_pair_cost, fixed_length=False)
-        column = np.full(int(store.offsets[-1]), np.nan, dtype=np.float32)
+        column = np.full(int(store.offsets[-1]), np.nan, dtype=np.float64)
 
         def batches(consumed: int) -> list[PackedBatch]:
             groups = stream.next_groups(consumed, work.batch)

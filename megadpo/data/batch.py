@@ -53,7 +53,7 @@ class PackedBatch:
     offsets_G1: Tensor
     """int64 [G + 1], the responses of group g are offsets[g] to offsets[g + 1]."""
     reference_S: Tensor | None
-    """float32, log-probability of each response under the reference, where it is known."""
+    """float64, log-probability of each response under the reference, where it is known."""
     segments: tuple[Segment, ...]
     groups: tuple[int, ...]
     """Numbers of the groups in their store."""
@@ -113,7 +113,7 @@ def pack(
 ) -> PackedBatch:
     """Lay the groups out in a stream of exactly `length` rows. `groups` may be empty; then all rows are padding.
 
-    reference: float32 [S of the store], or None. share: a prompt stands once for all its responses; otherwise once for
+    reference: float64 [S of the store], or None. share: a prompt stands once for all its responses; otherwise once for
     each, which costs more and gives the same numbers. scalar: for a reward model.
     """
     spare = 0 if scalar else 1  # tokens that are predicted, but not read
@@ -163,7 +163,7 @@ def pack(
         targets_N=torch.from_numpy(_concatenate(targets)),
         tokens_S=torch.tensor(counts, dtype=torch.int64),
         offsets_G1=torch.tensor(offsets, dtype=torch.int64),
-        reference_S=None if reference is None else torch.from_numpy(reference[responses_S].astype(np.float32)),
+        reference_S=None if reference is None else torch.from_numpy(reference[responses_S].astype(np.float64)),
         segments=tuple(segments),
         groups=tuple(int(number) for number in groups),
         used=at,

@@ -67,13 +67,13 @@ class ReferenceColumns:
     digest: str
     response_lengths: Ids
 
-    def write_reference(self, digest: str, logps_S: npt.NDArray[np.float32]) -> None:
-        """Keep the responses' log-probabilities under the reference `digest`: nats, float32 [S], NaN where unknown."""
-        if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float32:
-            raise ValueError(f"reference column: float32 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
+    def write_reference(self, digest: str, logps_S: npt.NDArray[np.float64]) -> None:
+        """Keep the responses' log-probabilities under the reference `digest`: nats, float64 [S], NaN where unknown."""
+        if logps_S.shape != (len(self.response_lengths),) or logps_S.dtype != np.float64:
+            raise ValueError(f"reference column: float64 [{len(self.response_lengths)}] wanted, got {logps_S!r}")
         values = np.ascontiguousarray(logps_S)
         metadata = {"store": self.digest, "reference": digest, "sha256": _sha256(values)}
-        schema = pa.schema([("logp", pa.float32())], metadata=metadata)
+        schema = pa.schema([("logp", pa.float64())], metadata=metadata)
         target = self._reference_file(digest)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         with storage_errors(target, "data.cache_dir"):
@@ -87,8 +87,8 @@ class ReferenceColumns:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def reference(self, digest: str) -> npt.NDArray[np.float32] | None:
-        """float32 [S] (NaN: not known), or None where no column was written for `digest`. Raises StorageError where the
+    def reference(self, digest: str) -> npt.NDArray[np.float64] | None:
+        """float64 [S] (NaN: not known), or None where no column was written for `digest`. Raises StorageError where the
         column is damaged or was made for other tokens."""
         path = self._reference_file(digest)
         if not path.is_file():
@@ -96,7 +96,7 @@ class ReferenceColumns:
         again = "delete it to compute it again"
         try:
             table = pa.ipc.open_file(path.read_bytes()).read_all()
-            values = np.array(table.column("logp").to_numpy(), dtype=np.float32)
+            values = np.array(table.column("logp").to_numpy(), dtype=np.float64)
             known = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise StorageError(f"{path}: not a readable reference column ({error}); {again}") from error
@@ -319,5 +319,5 @@ def _joined(parts: list[Any], dtype: Any) -> Any:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
-def _sha256(values: npt.NDArray[np.float32]) -> str:
-    return hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()
+def _sha256(values: npt.NDArray[np.float64]) -> str:
+    return hashlib.sha256(values.astype("<f8").tobytes()).hexdigest()

@@ -111,7 +111,7 @@ class Scored:
 
     stream: Stream
     column: np.ndarray | None
-    """float32 [S of the store]; None with a resident reference, or without one."""
+    """float64 [S of the store]; None with a resident reference, or without one."""
     mismatched: Scored | None = None
     """For objectives that need `mismatched_kl`: the responses of the run's groups, in the run's order, behind other
     prompts of their batch (the whole store is one batch in evaluation)."""

@@ -43,7 +43,7 @@ class Sequences:
 
     policy_S:    float64 [S], log-probability of each response under the policy; carries the gradient. For objectives
                  with `head = "scalar"`: the reward that the model gives to the response, float32.
-    reference_S: float64 [S], the log-probability under the reference; float32 where it was read from a file.
+    reference_S: float64 [S], the log-probability under the reference.
     tokens_S:    int64 [S], scored tokens of each response, the end-of-sequence token included; at least 1.
     offsets_G1:  int64 [G + 1], where each group's responses start; best first (pairs: chosen, then rejected).
 

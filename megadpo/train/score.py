@@ -16,7 +16,7 @@ from megadpo.errors import NumericsError
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.passes import score
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise where a change of the forward pass could move reference log-probabilities."""
 
 WRITE_EVERY = 60.0
@@ -33,10 +33,10 @@ def reference_digest(weights: str, store: str, dtype: str) -> str:
 
 
 def stored_column(store: ReferenceColumns, digest: str, context: ParallelContext) -> np.ndarray:
-    """float32 [S], NaN where a response was never scored. As the first rank sees it: the file may grow meanwhile."""
+    """float64 [S], NaN where a response was never scored. As the first rank sees it: the file may grow meanwhile."""
     known = store.reference(digest)
     if known is None:
-        known = np.full(len(store.response_lengths), np.nan, dtype=np.float32)
+        known = np.full(len(store.response_lengths), np.nan, dtype=np.float64)
     return context.from_first(torch.from_numpy(known).to(context.device)).cpu().numpy()
 
 
@@ -86,7 +86,7 @@ def score_groups(
     context: ParallelContext,
     progress: Callable[[int], None],
 ) -> np.ndarray:
-    """float32 [S of the store], NaN except for the responses of `groups`; the same on every rank.
+    """float64 [S of the store], NaN except for the responses of `groups`; the same on every rank.
 
     per_pass: groups given to the pipeline at once. progress: told how many groups are done.
     """
@@ -101,7 +101,7 @@ def score_groups(
         progress(start + len(part))
     if context.holds_loss:
         context.sum_over_data(column)
-    result = context.from_last_stage(column).float().cpu().numpy()
+    result = context.from_last_stage(column).cpu().numpy()
     result[~done] = np.nan
     return result
 

@@ -127,7 +127,7 @@ def test_key_tells_the_boundary_apart() -> None:
 
 
 def column(store: GroupStore, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=len(store.response_lengths)).astype(np.float32)
+    return np.random.default_rng(seed).normal(size=len(store.response_lengths)).astype(np.float64)
 
 
 def test_reference_round_trip(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_reference_round_trip(tmp_path: Path) -> None:
     for digest, want in (("abc", first), ("def", second)):
         got = again.reference(digest)
         assert got is not None
-        assert got.dtype == np.float32
+        assert got.dtype == np.float64
         assert got.tobytes() == want.tobytes()
     store.write_reference("abc", second)
     replaced = store.reference("abc")
@@ -182,10 +182,10 @@ def test_damaged_reference_is_noticed(tmp_path: Path) -> None:
 
 def test_wrong_columns_are_defects(tmp_path: Path) -> None:
     store = write(tmp_path / "s", ragged(7))
-    with pytest.raises(ValueError, match="float32"):
+    with pytest.raises(ValueError, match="float64"):
         store.write_reference("abc", column(store)[:-1])
-    with pytest.raises(ValueError, match="float32"):
-        store.write_reference("abc", column(store).astype(np.float64))
+    with pytest.raises(ValueError, match="float64"):
+        store.write_reference("abc", column(store).astype(np.float32))
     with pytest.raises(ValueError, match="digest"):
         store.write_reference("../abc", column(store))
 
