@@ -22,7 +22,7 @@ class Mix:
     and 1.
 
     TRL: a list for loss_type, with loss_weights; its settings are shared by all, here each part has its own. An `sft`
-    beside pairs trains on the chosen response, as there.
+    beside pairs trains on the chosen response, as there; beside unpaired data it is refused.
     """
 
     parts: tuple[Objective, ...]
@@ -88,6 +88,13 @@ class Mix:
                 "objective.parts: need groups of different sizes ("
                 + ", ".join(f"{type(part).__name__}: {part.responses or 'any number'}" for part in self.parts)
                 + "); mix objectives over the same kind of data"
+            )
+        labelled = next((part for part in self.parts if "labels_S" in part.needs), None)
+        if labelled is not None and any(isinstance(part, SFT) for part in self.parts):
+            found.append(
+                f"objective.parts: sft beside {type(labelled).__name__} would raise the likelihood of undesirable "
+                "responses too; leave sft out, or train it alone on the desirable ones (data.convert: "
+                "unpaired_to_demonstrations) or mix it with an objective over pairs"
             )
         if len({part.head for part in self.parts}) > 1:
             found.append("objective.parts: a reward model's loss does not mix with a policy's")
