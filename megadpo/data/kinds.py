@@ -91,7 +91,15 @@ def converted(group: Group, wanted: Wanted) -> list[Group | Dropped]:
         raise DataError(mismatch(group, wanted.kind))
     if wanted.scores and group.scores is None:
         return [Dropped(group.origin, NO_SCORE)]
-    return list(groups)
+    reasons = [(made, _says_nothing(made, wanted)) for made in groups]
+    return [made if reason is None else Dropped(made.origin, reason) for made, reason in reasons]
+
+
+def _says_nothing(group: Group, wanted: Wanted) -> str | None:
+    """Why the objective has nothing to learn from the group, or None."""
+    if wanted.kind == "lists" and group.scores is not None and len(set(group.scores)) == 1:
+        return SAME_SCORE
+    return None
 
 
 def mismatch(group: Group, kind: Kind) -> str:

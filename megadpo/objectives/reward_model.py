@@ -60,7 +60,7 @@ class PlackettLuceReward(Formula):
     centering
 
     Paper: the Plackett-Luce model, as in Rafailov et al. 2023, equation 18 (arXiv 2305.18290). With two responses it is
-    Bradley-Terry.
+    Bradley-Terry. Ties as in plackett_luce.
 
     TRL: absent.
     """

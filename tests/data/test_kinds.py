@@ -60,6 +60,17 @@ def test_lists() -> None:
         assert made(tied, name) == [Dropped("row", SAME_SCORE)]
 
 
+def test_a_list_of_equal_scores_is_left_out() -> None:
+    """As by the conversions: its order is that of the file. A pair that is labelled stays one for losses over pairs."""
+    tied = replace(LIST, scores=(2.0,) * 4)
+    assert converted(tied, Wanted("lists")) == [Dropped("row", SAME_SCORE)]
+    assert converted(replace(PAIR, scores=(1.0, 1.0)), Wanted("lists")) == [Dropped("row", SAME_SCORE)]
+    for group in (LIST, replace(tied, scores=None), replace(PAIR, scores=None)):
+        assert converted(group, Wanted("lists")) == [group]
+    same = replace(PAIR, scores=(1.0, 1.0))
+    assert converted(same, Wanted("pairs")) == [same]
+
+
 def test_best_against_random_is_chance_that_can_be_had_again() -> None:
     """A function of seed and text, not of the row's place; never against one that is as good."""
     rows = [replace(LIST, prompt=f"q{number}") for number in range(600)]

@@ -453,9 +453,11 @@ def plackett_luce(o: Any, now: Batch, still: Batch) -> Any:
 
 def rrhf(o: Any, now: Batch, still: Batch) -> Any:
     losses = []
-    for p, n in zip(now.p, now.n, strict=True):
+    for g, (p, n) in enumerate(zip(now.p, now.n, strict=True)):
         score = [a / mpf(b) ** mpf(o.length_penalty) for a, b in zip(p, n, strict=True)]
-        pairs = [clip(score[j] - score[i], 0) for i in range(len(p)) for j in range(i + 1, len(p))]
+        judged = range(len(p)) if now.score is None else now.score[g]
+        places = [(i, j) for i in range(len(p)) for j in range(i + 1, len(p)) if judged[i] != judged[j]]
+        pairs = [clip(score[j] - score[i], 0) for i, j in places]
         losses.append(sum(pairs, mpf(0)) - mpf(o.alpha) * p[0])
     return mean(losses)
 

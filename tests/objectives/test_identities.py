@@ -252,3 +252,22 @@ def test_the_loss_changes_with_the_reference() -> None:
     batch = pairs()
     moved = replace(batch, reference_S=batch.reference_S + torch.arange(16) * 0.1)
     assert DPO(B)(moved).loss.item() != DPO(B)(batch).loss.item()
+
+
+def test_equal_scores_are_no_preference() -> None:
+    """Of a ranked list: neither a hinge nor a right or wrong order; without scores the order is all there is."""
+    batch = Sequences(
+        policy_S=torch.tensor([-5.0, -3.0, -4.0, -1.0, -2.0]),
+        reference_S=torch.zeros(5),
+        tokens_S=torch.ones(5, dtype=torch.int64),
+        offsets_G1=torch.tensor([0, 3, 5]),
+        scores_S=torch.tensor([4.0, 4.0, 1.0, 7.0, 7.0]),
+    )
+    assert RRHF(alpha=0.0)(batch).loss.item() == 1.0  # -4 over -5; -3 over -5 is no mistake, they have the same score
+    assert RRHF(alpha=0.0)(replace(batch, scores_S=None)).loss.item() == 2.0 + 1.0
+    for objective in (RRHF(), PlackettLuceDPO(), PlackettLuceReward()):
+        accuracy = list(objective.metrics).index("rewards/accuracies")
+        # first list: -5 < -4 is wrong, -3 > -4 right; the second says nothing: half
+        assert objective(batch).metrics[accuracy].item() == 0.5 + 0.5
+        in_order = objective(replace(batch, scores_S=None)).metrics[accuracy].item()
+        assert in_order == pytest.approx(1 / 3 + 1)

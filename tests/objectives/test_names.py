@@ -107,7 +107,10 @@ def test_a_mix(tmp_path: Path) -> None:
         ({"parts": [{"loss_type": "dpo"}, {"loss_type": "plackett_luce"}]}, "groups of different sizes"),
         ({"parts": [{"loss_type": "dpo"}, {"loss_type": "reward"}]}, "does not mix"),
         ({"parts": [{"loss_type": "mix", "parts": [{"loss_type": "dpo"}]}]}, "a mix in a mix"),
-        ({"parts": [{"loss_type": "kto"}, {"loss_type": "sft"}]}, "sft beside KTO would raise the likelihood of undesi"),
+        (
+            {"parts": [{"loss_type": "kto"}, {"loss_type": "sft"}]},
+            "sft beside KTO would raise the likelihood of undesi",
+        ),
         ({"parts": [{"loss_type": "dpo", "beta": -1.0}]}, "beta = -1.0: must be over 0"),
         ({"parts": [{"loss_type": "dpo", "gamma": 1.0}]}, "dpo has no such setting"),
         ({"parts": {"loss_type": "dpo"}}, "must be a list of sections"),
