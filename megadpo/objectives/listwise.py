@@ -26,7 +26,7 @@ def table(values_S: Tensor, sequences: Sequences) -> Iterator[Tensor]:
 
 def differences(values_S: Tensor, sequences: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
     """([groups, pairs], bool [groups, pairs]) for each length: of every two responses the earlier one's value minus the
-    later one's, and whether the order says something: not where both have the same score. Without scores it always does.
+    later one's, and whether the order says something: not where both have the same score. Without scores it does.
     """
     scores_S = torch.full_like(values_S, math.nan) if sequences.scores_S is None else sequences.scores_S
     for value_GK, score_GK in zip(table(values_S, sequences), table(scores_S, sequences), strict=True):

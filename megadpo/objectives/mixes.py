@@ -63,6 +63,10 @@ class Mix:
         return any(part.whole_batch for part in self.parts)
 
     @property
+    def needs_gap(self) -> bool:
+        return any(part.needs_gap for part in self.parts)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """A loss for each part, then the parts' metrics; of two with one name the first."""
         return tuple(dict.fromkeys([*self._losses(), *(name for part in self.parts for name in part.metrics)]))
