@@ -135,6 +135,8 @@ def objective_page(schema: dict[str, Any]) -> str:
         for alias in aliases_of(name):
             also = ", ".join(f"`{key}: {value}`" for key, value in ALIASES[alias].settings.items())
             lines.append(f"* `{alias}` ({ALIASES[alias].where}) is this" + (f" with {also}" if also else ""))
+            if ALIASES[alias].above_0 is not None:
+                lines[-1] += f", and asks for `{ALIASES[alias].above_0}` over 0"
         if len(branches[name]["properties"]) > 1:
             lines += ["", *rows(branches[name])]
     return "\n".join(lines) + "\n"

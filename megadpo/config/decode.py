@@ -196,7 +196,17 @@ def _objective(value: Any, path: str, found: list[Problem]) -> Any:
             found.append(Problem(f"{path}.{key}", text))
         else:
             settings[key] = inner
-    return _section(kind, settings, path, found)
+    objective = _section(kind, settings, path, found)
+    above_0 = ALIASES[_plain_name(given)].above_0 if _plain_name(given) in ALIASES else None
+    if above_0 is not None and getattr(objective, above_0, None) == 0:
+        text = f"{path}.{above_0} = 0: loss_type {given} is {name} with {above_0} over 0; set it, or write {name}"
+        found.append(Problem(f"{path}.{above_0}", text))
+    return objective
+
+
+def _plain_name(loss_type: str) -> str:
+    """As the tables of names have it."""
+    return loss_type.strip().lower().replace("-", "_")
 
 
 def _loss_type(given: Any, path: str) -> tuple[str, dict[str, Any], str]:
@@ -205,7 +215,7 @@ def _loss_type(given: Any, path: str) -> tuple[str, dict[str, Any], str]:
         return "", {}, "must be one name; for several objectives write loss_type: mix, with parts and weights"
     if not isinstance(given, str):
         return "", {}, f"must be {one_of(tuple(OBJECTIVES), given)}"
-    name = given.strip().lower().replace("-", "_")
+    name = _plain_name(given)
     if name in AMBIGUOUS:
         return "", {}, AMBIGUOUS[name]
     if name in ALIASES:

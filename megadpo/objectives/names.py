@@ -69,16 +69,19 @@ OBJECTIVES: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Alias:
-    """Another program's name for an objective. settings: what the name itself sets."""
+    """Another program's name for an objective. settings: what the name itself sets. above_0: a setting that the name
+    says is there, and that is 0 where it is not given."""
 
     loss_type: str
     where: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    above_0: str | None = None
 
 
 ALIASES: dict[str, Alias] = {
     "sigmoid": Alias("dpo", "TRL, LLaMA-Factory"),
-    "cdpo": Alias("dpo", "papers"),
+    "cdpo": Alias("dpo", "papers", above_0="label_smoothing"),
+    "conservative_dpo": Alias("dpo", "papers", above_0="label_smoothing"),
     "irpo": Alias("dpo_nll", "papers", {"normalise": "response"}),
     "rpo_nll": Alias("dpo_nll", "papers", {"normalise": "response"}),
     "sigmoid_norm": Alias("dpo_norm", "TRL"),

@@ -64,6 +64,17 @@ def test_an_alias_sets_what_its_name_says(tmp_path: Path) -> None:
     assert read(tmp_path, {"loss_type": "irpo"}).objective == DPOWithNLL(normalise="response")
 
 
+@pytest.mark.parametrize("name", ["cdpo", "conservative_dpo", "cDPO"])
+def test_conservative_dpo_needs_its_smoothing(tmp_path: Path, name: str) -> None:
+    """Without, the name would train plain DPO."""
+    for settings in ({}, {"label_smoothing": 0}):
+        with pytest.raises(
+            ConfigError, match=rf"label_smoothing = 0: loss_type {name} is dpo with label_smoothing over"
+        ):
+            read(tmp_path, {"loss_type": name} | settings)
+    assert read(tmp_path, {"loss_type": name, "label_smoothing": 0.1}).objective == DPO(0.1, 0.1)
+
+
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_a_name_with_several_meanings_says_what_to_write(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="write ") as raised:
@@ -146,7 +157,9 @@ def test_tokens_of_the_reference_need_it_beside_the_policy(tmp_path: Path) -> No
 
 
 def test_the_log_says_what_it_is() -> None:
-    assert title(DPO(0.2)).startswith("dpo (elsewhere: sigmoid, cdpo): Direct preference optimisation")
+    assert title(DPO(0.2)).startswith(
+        "dpo (elsewhere: sigmoid, cdpo, conservative_dpo): Direct preference optimisation"
+    )
     assert "beta 0.2" in title(DPO(0.2))
     assert title(Mix((SimPO(), SFT()), (1.0, 0.5))).startswith("mix of 1 x [simpo: Simple preference")
 
