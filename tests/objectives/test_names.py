@@ -9,16 +9,26 @@ import pytest
 import yaml
 
 from megadpo.config.decode import load_config, to_yaml
+from megadpo.config.schema import field_types
 from megadpo.errors import ConfigError
 from megadpo.objectives import DPO, OBJECTIVES, SFT, Mix
 from megadpo.objectives.margins import RewardRPO
-from megadpo.objectives.names import ALIASES, AMBIGUOUS, SETTINGS_ELSEWHERE, as_settings, name_of, title
+from megadpo.objectives.names import (
+    ALIASES,
+    AMBIGUOUS,
+    SETTINGS_ELSEWHERE,
+    SETTINGS_IN_PAPERS,
+    as_settings,
+    name_of,
+    title,
+)
 from megadpo.objectives.pairwise import DPOWithNLL
 from megadpo.objectives.reference_free import SimPO
 
 MADE_FOR = {
     "TRL": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop "
     "sft sigmoid_norm kto apo_zero_unpaired simpo cpo orpo",
+    "papers": "cdpo conservative_dpo robust_dpo pairwise_cringe pl_dpo reward_model",
     "LLaMA-Factory": "sigmoid hinge ipo orpo simpo rm sft kto",
     "NeMo": "dpo ipo rpo_bwd_kl rpo_fwd_kl rpo_sq",
     "ms-swift": "dpo orpo simpo kto cpo rm",
@@ -91,6 +101,25 @@ def test_a_setting_of_another_program_says_where_its_meaning_is(tmp_path: Path, 
         read(tmp_path, {"loss_type": "dpo", setting: 1.0})
     assert f"objective.{setting}: dpo has no such setting" in str(raised.value)
     assert SETTINGS_ELSEWHERE[setting].split()[0] in str(raised.value)
+
+
+def test_a_setting_that_its_paper_calls_otherwise(tmp_path: Path) -> None:
+    """Where the same word means another setting for another objective."""
+    for loss_type, settings in SETTINGS_IN_PAPERS.items():
+        for setting, here in settings.items():
+            assert here.split(",")[0] in field_types(OBJECTIVES[loss_type])
+            with pytest.raises(ConfigError, match=f"objective.{setting}: .*here that is objective.{here}"):
+                read(tmp_path, {"loss_type": loss_type, setting: 1.0})
+    with pytest.raises(ConfigError, match=r"kto_chosen_weight: .* here that is objective\.desirable_weight"):
+        read(tmp_path, {"loss_type": "kto", "kto_chosen_weight": 1.0})
+
+
+def test_a_list_of_names_is_a_mix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, {"loss_type": ["sigmoid", "sft"]})
+    assert "for several objectives write loss_type: mix, parts: [{loss_type: sigmoid}, {loss_type: sft}]" in str(
+        raised.value
+    )
 
 
 def test_no_objective_takes_a_setting_that_it_has_not(tmp_path: Path) -> None:
