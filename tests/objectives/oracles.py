@@ -293,7 +293,8 @@ def orpo(o: Any, now: Batch, still: Batch) -> Any:
 
 def cpo(o: Any, now: Batch, still: Batch) -> Any:
     preference = mean([two_label(mpf(o.beta) * (p[0] - p[1]), o.label_smoothing) for p in now.p])
-    return preference + mpf(o.alpha) * -sum(p[0] for p in now.p) / sum(n[0] for n in now.n)
+    over = sum(n[0] for n in now.n) if o.normalise == "tokens" else len(now.n)
+    return preference + mpf(o.alpha) * -sum(p[0] for p in now.p) / over
 
 
 def click(o: Any, now: Batch, still: Batch) -> Any:

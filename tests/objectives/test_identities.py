@@ -169,6 +169,12 @@ SAME = [
     ("length-normalised DPO of one token is DPO", NormDPO(B), DPO(B), of_length(1)),
     ("SimPO with 0 is length-normalised DPO under a uniform reference", SimPO(B, 0.0), NormDPO(B), UNIFORM),
     ("CPO with 0 is DPO under a uniform reference", CPO(B, 0.0), DPO(B), UNIFORM),
+    (
+        "CPO with sums is DPO with sums under a uniform reference",
+        CPO(B, 0.3, normalise="sum"),
+        DPOWithNLL(B, 0.3, "sum"),
+        UNIFORM,
+    ),
     ("ODPO with 0 is DPO", ODPO(B, 0.0), DPO(B), {}),
     ("ODPO over equal scores is DPO", ODPO(B, 1.0, "linear"), DPO(B), {"scores_S": zeros()}),
     ("beta-DPO with 0 is DPO", BetaDPO(B, 0.0), DPO(B), {}),

@@ -73,6 +73,7 @@ CASES = [
     ORPO(0.4, "response"),
     ORPO(0.4, "tokens"),
     CPO(0.3, 0.5, 0.1),
+    CPO(0.3, 0.5, 0.1, "sum"),
     CLICK(0.5, 6.0),
     KTO(0.3, 1.2, 0.8),
     BCOUnpaired(0.3),
