@@ -107,6 +107,8 @@ def objective_page(schema: dict[str, Any]) -> str:
         "sigmoid, h its logarithm. A loss is a mean over the pairs of the global batch unless it says otherwise,",
         "whatever the grid and the micro-batches; terms with other denominators are divided by theirs, of the global",
         "batch too.",
+        "In the logs `rewards/*` are r, the rewards that a loss compares; those of `llama3`, `ld_dpo`, `dpop` and `r_dpo` are",
+        "plain b D of the whole response, without what these losses leave out, weigh or add.",
         "Every objective is tested against an independent implementation, value and gradient (`tests/objectives/`,",
         "`make test`), and on grids: one of each way in which a grid could matter by `make test`, all of them by",
         "`make test-long`.",

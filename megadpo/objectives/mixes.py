@@ -28,7 +28,7 @@ class Mix:
     parts: tuple[Objective, ...]
     """The objectives: a list of sections, each with its loss_type and settings."""
     weights: tuple[float, ...] = ()
-    """One number per part; all 1 where not given."""
+    """One number per part, at least 0; all 1 where not given."""
 
     unit: ClassVar[Unit] = "groups"
 
@@ -83,6 +83,8 @@ class Mix:
                 f"objective.weights has {len(self.weights)} numbers for {len(self.parts)} parts: must be one for each, "
                 "or left out (all 1)"
             )
+        if self.weights and (min(self.weights) < 0 or max(self.weights) <= 0):
+            found.append(f"objective.weights = {list(self.weights)}: must be at least 0, and one of them over 0")
         if any(isinstance(part, Mix) for part in self.parts):
             found.append("objective.parts has a mix in a mix: list its parts with products of the weights instead")
             return found

@@ -11,7 +11,15 @@ from torch import Tensor, relu
 from torch.nn.functional import logsigmoid
 
 from megadpo.objectives.base import Unit
-from megadpo.objectives.pairwise import POSITIVE, Pairs, Pairwise, PairwiseWithNLL, difference, smoothed
+from megadpo.objectives.pairwise import (
+    POSITIVE,
+    Pairs,
+    Pairwise,
+    PairwiseWithNLL,
+    difference,
+    smoothed,
+    tie_of_averages,
+)
 
 NO_NEEDS: frozenset[str] = frozenset()
 
@@ -83,6 +91,9 @@ class SimPO(Pairwise):
     def rewards(self, pairs: Pairs) -> Tensor:
         return self.beta * pairs.average_G2
 
+    def tie(self, pairs: Pairs) -> Tensor:
+        return tie_of_averages(pairs, self.beta)
+
     def losses(self, pairs: Pairs) -> Tensor:
         return smoothed(difference(self.rewards(pairs)) - self.gamma, self.label_smoothing)
 
@@ -121,6 +132,9 @@ class ORPO(PairwiseWithNLL):
 
     def rewards(self, pairs: Pairs) -> Tensor:
         return self.beta * pairs.average_G2
+
+    def tie(self, pairs: Pairs) -> Tensor:
+        return tie_of_averages(pairs, self.beta)
 
     def losses(self, pairs: Pairs) -> Tensor:
         return -self.beta * logsigmoid(difference(log_odds(pairs.average_G2)))

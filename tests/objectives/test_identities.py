@@ -277,3 +277,17 @@ def test_equal_scores_are_no_preference() -> None:
         assert objective(batch).metrics[accuracy].item() == 0.5 + 0.5
         in_order = objective(replace(batch, scores_S=None)).metrics[accuracy].item()
         assert in_order == pytest.approx(1 / 3 + 1)
+
+
+@pytest.mark.parametrize("objective", [DPO(2.0), NormDPO(2.0), SimPO(2.0), ORPO(2.0)])
+def test_a_tie_is_a_tie_of_sums(objective: Any) -> None:
+    """0.02 nats over 500 tokens are a preference, also of a loss that looks at rewards per token; 0.00002 are not."""
+    accuracy = list(objective.metrics).index("rewards/accuracies")
+    for apart, expected in ((0.02, 1.0), (-0.02, 0.0), (2e-5, 0.5)):
+        batch = Sequences(
+            policy_S=torch.tensor([-100 + apart, -100], dtype=torch.float64),
+            reference_S=torch.full((2,), -100, dtype=torch.float64),
+            tokens_S=torch.tensor([500, 500]),
+            offsets_G1=torch.tensor([0, 2]),
+        )
+        assert objective(batch).metrics[accuracy].item() == expected

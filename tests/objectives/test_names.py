@@ -153,6 +153,11 @@ def test_a_mix(tmp_path: Path) -> None:
         ),
         ({"parts": [{"loss_type": "dpo", "beta": -1.0}]}, "beta = -1.0: must be over 0"),
         ({"parts": [{"loss_type": "dpo", "gamma": 1.0}]}, "dpo has no such setting"),
+        (
+            {"parts": [{"loss_type": "dpo"}], "weights": [0]},
+            "weights = [0.0]: must be at least 0, and one of them over 0",
+        ),
+        ({"parts": [{"loss_type": "dpo"}, {"loss_type": "sft"}], "weights": [-1, 2]}, "must be at least 0, and one of"),
         ({"parts": {"loss_type": "dpo"}}, "must be a list of sections"),
         ({"parts": [{"loss_type": "dpo"}], "weights": "1"}, "must be a list of numbers"),
         ({}, "objective.parts: missing"),
