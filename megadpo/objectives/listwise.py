@@ -34,13 +34,14 @@ def differences(values_S: Tensor, sequences: Sequences) -> Iterator[tuple[Tensor
         yield value_GK[:, better] - value_GK[:, worse], score_GK[:, better] != score_GK[:, worse]
 
 
-def list_metrics(policy_S: Tensor, reward_S: Tensor, tie: float, sequences: Sequences) -> Tensor:
+def list_metrics(policy_S: Tensor, reward_S: Tensor, tie_S: Tensor, sequences: Sequences) -> Tensor:
     """Sums of LIST_METRICS over the groups; accuracy: the fraction of a list's pairs in the right order, a tie half.
-    Pairs with equal scores have no right order and do not count; a list of nothing else counts half."""
+    Pairs with equal scores have no right order and do not count; a list of nothing else counts half. tie_S: rewards of
+    a list that are nearer than the largest of its values are a tie."""
     first, last = sequences.offsets_G1[:-1], sequences.offsets_G1[1:] - 1
     right = reward_S.new_zeros(1)
-    for margin, ordered in differences(reward_S, sequences):
-        won = torch.where(margin.abs() < tie, 0.5, (margin > 0).double())
+    for (margin, ordered), tie_GK in zip(differences(reward_S, sequences), table(tie_S, sequences), strict=True):
+        won = torch.where(margin.abs() < tie_GK.amax(dim=1, keepdim=True), 0.5, (margin > 0).double())
         count = ordered.sum(dim=1)
         right = right + torch.where(count > 0, (won * ordered).sum(dim=1) / count.clamp(min=1), 0.5).sum()
     return sums_of(reward_S[first], reward_S[last], reward_S[first] - reward_S[last], right.reshape(1), policy_S[first])
@@ -80,7 +81,7 @@ class PlackettLuceDPO(Formula):
     def __call__(self, sequences: Sequences) -> Outcome:
         policy_S = sequences.field("policy_S")
         reward_S = self.beta * (policy_S - sequences.field("reference_S"))
-        metrics = list_metrics(policy_S, reward_S, TIE * self.beta, sequences)
+        metrics = list_metrics(policy_S, reward_S, torch.full_like(reward_S, TIE * self.beta), sequences)
         return Outcome(plackett_luce(reward_S, sequences), sequences.count(self.unit), metrics)
 
 
@@ -114,9 +115,10 @@ class RRHF(Formula):
 
     def __call__(self, sequences: Sequences) -> Outcome:
         policy_S = sequences.field("policy_S")
-        score_S = policy_S / sequences.tokens_S.double().clamp(min=1) ** self.length_penalty
+        lengths_S = sequences.tokens_S.double().clamp(min=1) ** self.length_penalty
+        score_S = policy_S / lengths_S
         loss = -self.alpha * policy_S[sequences.offsets_G1[:-1]].sum()
         for margin, ordered in differences(score_S, sequences):
             loss = loss + (relu(-margin) * ordered).sum()
-        metrics = list_metrics(policy_S, score_S, TIE, sequences)
+        metrics = list_metrics(policy_S, score_S, TIE / lengths_S, sequences)
         return Outcome(loss, sequences.count(self.unit), metrics)

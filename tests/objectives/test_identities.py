@@ -279,7 +279,7 @@ def test_equal_scores_are_no_preference() -> None:
         assert in_order == pytest.approx(1 / 3 + 1)
 
 
-@pytest.mark.parametrize("objective", [DPO(2.0), NormDPO(2.0), SimPO(2.0), ORPO(2.0)])
+@pytest.mark.parametrize("objective", [DPO(2.0), NormDPO(2.0), SimPO(2.0), ORPO(2.0), RRHF()])
 def test_a_tie_is_a_tie_of_sums(objective: Any) -> None:
     """0.02 nats over 500 tokens are a preference, also of a loss that looks at rewards per token; 0.00002 are not."""
     accuracy = list(objective.metrics).index("rewards/accuracies")
