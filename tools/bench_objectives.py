@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, name: str, folder: Path) -> Row:
         return Row(name, settings, why="trains on single responses, and the data are pairs")
     started = time.monotonic()
     try:
-        command("train", str(path))
+        command("train", str(path), *([] if config.objective.needs_reference else ["reference.mode=precomputed"]))
     except RuntimeError as refused:  # data without scores, say; the reason is megadpo's last line
         return Row(name, settings, why=str(refused).strip().splitlines()[-1])
     seconds = time.monotonic() - started

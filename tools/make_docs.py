@@ -107,8 +107,11 @@ def objective_page(schema: dict[str, Any]) -> str:
         "sigmoid, h its logarithm. A loss is a mean over the pairs of the global batch unless it says otherwise,",
         "whatever the grid and the micro-batches; terms with other denominators are divided by theirs, of the global",
         "batch too.",
-        "Every objective is tested against an independent float64 implementation, value and gradient, and on grids",
-        "(`tests/objectives/`).",
+        "In the logs `rewards/*` are the rewards that a loss compares; those of `llama3`, `ld_dpo`, `dpop` and `r_dpo`",
+        "are plain b D of the whole response, without what these losses leave out, weigh or add.",
+        "Every objective is tested against an independent implementation, value and gradient (`tests/objectives/`,",
+        "`make test`), and on grids: one of each way in which a grid could matter by `make test`, all of them by",
+        "`make test-long`.",
         "",
         "| `loss_type` | elsewhere | what it is |",
         "|---|---|---|",
@@ -135,6 +138,8 @@ def objective_page(schema: dict[str, Any]) -> str:
         for alias in aliases_of(name):
             also = ", ".join(f"`{key}: {value}`" for key, value in ALIASES[alias].settings.items())
             lines.append(f"* `{alias}` ({ALIASES[alias].where}) is this" + (f" with {also}" if also else ""))
+            if ALIASES[alias].above_0 is not None:
+                lines[-1] += f", and asks for `{ALIASES[alias].above_0}` over 0"
         if len(branches[name]["properties"]) > 1:
             lines += ["", *rows(branches[name])]
     return "\n".join(lines) + "\n"

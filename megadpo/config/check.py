@@ -55,6 +55,18 @@ def _objective(config: Config) -> list[str]:
     return found
 
 
+def unused_reference(config: Config) -> list[str]:
+    """Settings of a reference that nothing would look at. `megadpo eval --kl` does for every objective, so that this is
+    no rule of the run file alone."""
+    given = {"path": config.reference.path, "mode": "resident" if config.reference.mode == "resident" else None}
+    return [
+        f"reference.{name} = {value}: objective.loss_type {name_of(config.objective)} has no reference and would load "
+        "none; leave it out (or choose another objective.loss_type)"
+        for name, value in given.items()
+        if value is not None
+    ]
+
+
 def _kinds(config: Config) -> list[str]:
     """Whether the data section makes what the objective needs; what the data are shows itself when they are read."""
     if config.objective.problems():

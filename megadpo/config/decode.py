@@ -23,7 +23,7 @@ from megadpo.config.suggest import one_of, unknown_key
 from megadpo.config.yaml_file import read_yaml
 from megadpo.errors import ConfigError
 from megadpo.objectives import OBJECTIVES, Objective
-from megadpo.objectives.names import ALIASES, AMBIGUOUS, SETTINGS_ELSEWHERE, as_settings
+from megadpo.objectives.names import ALIASES, AMBIGUOUS, SETTINGS_ELSEWHERE, SETTINGS_IN_PAPERS, as_settings
 
 DEFAULT_OBJECTIVE = "dpo"
 
@@ -189,23 +189,34 @@ def _objective(value: Any, path: str, found: list[Problem]) -> Any:
         if key == "loss_type":
             continue
         if key not in names:
-            text = f"{path}.{key}: {given} has no such setting; {_instead(str(key), names, path)}"
+            text = f"{path}.{key}: {given} has no such setting; {_instead(str(key), name, names, path)}"
             found.append(Problem(f"{path}.{key}", text))
         elif settings.get(key, inner) != inner:
             text = f"{path}.{key} = {_show(inner)}: loss_type {given} says {settings[key]}; write loss_type: {name}"
             found.append(Problem(f"{path}.{key}", text))
         else:
             settings[key] = inner
-    return _section(kind, settings, path, found)
+    objective = _section(kind, settings, path, found)
+    above_0 = ALIASES[_plain_name(given)].above_0 if _plain_name(given) in ALIASES else None
+    if above_0 is not None and getattr(objective, above_0, None) == 0:
+        text = f"{path}.{above_0} = 0: loss_type {given} is {name} with {above_0} over 0; set it, or write {name}"
+        found.append(Problem(f"{path}.{above_0}", text))
+    return objective
+
+
+def _plain_name(loss_type: str) -> str:
+    """As the tables of names have it."""
+    return loss_type.strip().lower().replace("-", "_")
 
 
 def _loss_type(given: Any, path: str) -> tuple[str, dict[str, Any], str]:
     """(the objective's own name, what the given name says of its settings, what is wrong or nothing)."""
     if isinstance(given, list):
-        return "", {}, "must be one name; for several objectives write loss_type: mix, with parts and weights"
+        parts = ", ".join(f"{{loss_type: {part}}}" for part in given)
+        return "", {}, f"must be one name; for several objectives write loss_type: mix, parts: [{parts}] and weights"
     if not isinstance(given, str):
         return "", {}, f"must be {one_of(tuple(OBJECTIVES), given)}"
-    name = given.strip().lower().replace("-", "_")
+    name = _plain_name(given)
     if name in AMBIGUOUS:
         return "", {}, AMBIGUOUS[name]
     if name in ALIASES:
@@ -217,8 +228,10 @@ def _loss_type(given: Any, path: str) -> tuple[str, dict[str, Any], str]:
     return "", {}, f"is no objective; {meant}There are {', '.join(OBJECTIVES)} (docs/objectives.md)"
 
 
-def _instead(key: str, names: list[str], path: str) -> str:
+def _instead(key: str, loss_type: str, names: list[str], path: str) -> str:
     """What to write instead of a setting that an objective does not have."""
+    if key in SETTINGS_IN_PAPERS.get(loss_type, {}):
+        return f"here that is {path}.{SETTINGS_IN_PAPERS[loss_type][key]}"
     if key in SETTINGS_ELSEWHERE and SETTINGS_ELSEWHERE[key].split()[0].rstrip(",:") in [*names, "loss_type"]:
         return f"here that is {path}.{SETTINGS_ELSEWHERE[key]}"
     if key in SETTINGS_ELSEWHERE:

@@ -30,7 +30,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen model that the objective compares with. Objectives that need none never load it."""
+    """The frozen model that the objective compares with. Objectives that need none never load it, and a
+    run of theirs with these settings is refused."""
 
     mode: Literal["precomputed", "resident"] = "precomputed"
     """precomputed: one pass before training, kept on disk. resident: a second model beside the policy."""

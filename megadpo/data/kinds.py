@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # they bring torch with them, which tokenising processes do n
 
 NO_SCORE = "has no score, and the objective needs scores"
 SAME_SCORE = "all responses have the same score"
+NO_GAP = (
+    "the chosen response has no higher score than the rejected one, and the objective takes the logarithm of the gap"
+)
 UNDESIRABLE = "an undesirable response is no demonstration"
 
 WORDS: dict[Kind, str] = {
@@ -33,12 +36,14 @@ WORDS: dict[Kind, str] = {
 class Wanted:
     """What an objective and the data section want of every group.
 
-    kind: None where any will do. scores: every response must have one. loss_on: see DataConfig. body: formatting tokens
+    kind: None where any will do. scores: every response must have one. gap: the chosen one the
+    higher. loss_on: see DataConfig. body: formatting tokens
     are marked. scalar: streams are a reward model's. convert: a name of CONVERSIONS, or None. seed: of random choices.
     """
 
     kind: Kind | None
     scores: bool = False
+    gap: bool = False
     loss_on: str = "answer"
     body: bool = False
     scalar: bool = False
@@ -59,6 +64,7 @@ def wanted(config: Config) -> Wanted:
     return Wanted(
         kind=kind_of(objective),
         scores="scores_S" in objective.needs,
+        gap=objective.needs_gap,
         loss_on=data.loss_on,
         body="body_N" in objective.needs,
         scalar=objective.head == "scalar",
@@ -91,7 +97,17 @@ def converted(group: Group, wanted: Wanted) -> list[Group | Dropped]:
         raise DataError(mismatch(group, wanted.kind))
     if wanted.scores and group.scores is None:
         return [Dropped(group.origin, NO_SCORE)]
-    return list(groups)
+    reasons = [(made, _says_nothing(made, wanted)) for made in groups]
+    return [made if reason is None else Dropped(made.origin, reason) for made, reason in reasons]
+
+
+def _says_nothing(group: Group, wanted: Wanted) -> str | None:
+    """Why the objective has nothing to learn from the group, or None."""
+    if wanted.kind == "lists" and group.scores is not None and len(set(group.scores)) == 1:
+        return SAME_SCORE
+    if wanted.gap and group.scores is not None and not group.scores[0] > group.scores[1]:
+        return NO_GAP
+    return None
 
 
 def mismatch(group: Group, kind: Kind) -> str:

@@ -110,7 +110,9 @@ def _no_pairing(store: GroupStore, part: npt.NDArray[np.int64], classes: npt.NDA
         return f"step {step} has a batch of 1 group, and {why}: at least 2 are needed; {what_to_do}"
     count = int(np.bincount(classes).max())
     first = store.group(part[int((classes == np.bincount(classes).argmax()).argmax())]).origin
+    if len(part) < len(store) and (np.diff(part) == 1).all():  # in the file's order
+        what_to_do += ", or set train.shuffle: true"
     return (
         f"step {step}: {count} of its {len(part)} groups have the prompt of {first}, and {why}: at most half of them "
-        f"may have the same; {what_to_do}, or set train.shuffle: true"
+        f"may have the same; {what_to_do}"
     )

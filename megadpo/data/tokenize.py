@@ -22,7 +22,7 @@ import numpy.typing as npt
 from megadpo.data.records import Dropped, Group, LeaveOutError, Turn
 from megadpo.data.tokenizer import Tokenizer
 
-RULES = 3
+RULES = 4
 """Version of reading and tokenising, part of the name of every cached store: raise it when ids can change."""
 
 IDENTICAL = "all responses are identical"

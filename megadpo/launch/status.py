@@ -186,7 +186,7 @@ def _speed(status: Status) -> str | None:
         return None
     speeds = [f"{short(status.seconds_per_step)} s per step"]
     if status.pairs_per_second is not None:
-        speeds.append(f"{short(status.pairs_per_second)} pairs/s")
+        speeds.append(f"{short(status.pairs_per_second)} groups/s")
     if status.tokens_per_second is not None:
         speeds.append(f"{short(status.tokens_per_second)} tokens/s")
     return ", ".join(speeds)

@@ -177,6 +177,10 @@ class Objective(Protocol):
         """Whether the formula looks across groups. It is then given the whole global batch at once."""
 
     @property
+    def needs_gap(self) -> bool:
+        """Whether a pair is of use only where the chosen response has the higher score."""
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what `Outcome.metrics` carries, in its order."""
 
@@ -208,6 +212,10 @@ class Formula:
     @property
     def needs_reference(self) -> bool:
         return bool(self.needs & FROM_REFERENCE)
+
+    @property
+    def needs_gap(self) -> bool:
+        return False
 
     @property
     def top_k(self) -> int | None:

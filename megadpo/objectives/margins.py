@@ -63,8 +63,8 @@ class ODPO(Pairwise):
 
     Formula: -h(b (D_w - D_l) - offset); offset = a (score_w - score_l) or a log(score_w - score_l), a = alpha
 
-    Paper: Amini et al. 2024 (arXiv 2402.10571); its experiments use the logarithm. A pair whose scores are equal
-    has the logarithm of 0 for an offset and adds nothing.
+    Paper: Amini et al. 2024 (arXiv 2402.10571); its experiments use the logarithm, which exists only where the
+    chosen response has the higher score: with offset: log, other pairs are left out when the data are read.
 
     TRL: absent.
     """
@@ -81,11 +81,15 @@ class ODPO(Pairwise):
     def problems(self) -> list[str]:
         return self.must(beta=(self.beta > 0, POSITIVE), alpha=(self.alpha >= 0, "at least 0; 1 is usual"))
 
+    @property
+    def needs_gap(self) -> bool:
+        return self.offset == "log" and self.alpha > 0
+
     def losses(self, pairs: Pairs) -> Tensor:
         gap_G = pairs.score_margin_G
         if self.alpha == 0:
             return -logsigmoid(self.beta * pairs.margin_G)
-        # a gap below 0 (data the wrong way round) has no logarithm: NaN, which stops the step
+        # where a gap of 0 comes this far, its offset is minus infinity: the pair adds nothing
         offset_G = gap_G.log() if self.offset == "log" else gap_G
         return -logsigmoid(self.beta * pairs.margin_G - self.alpha * offset_G)
 

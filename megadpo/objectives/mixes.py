@@ -22,13 +22,13 @@ class Mix:
     and 1.
 
     TRL: a list for loss_type, with loss_weights; its settings are shared by all, here each part has its own. An `sft`
-    beside pairs trains on the chosen response, as there.
+    beside pairs trains on the chosen response, as there; beside unpaired data it is refused.
     """
 
     parts: tuple[Objective, ...]
     """The objectives: a list of sections, each with its loss_type and settings."""
     weights: tuple[float, ...] = ()
-    """One number per part; all 1 where not given."""
+    """One number per part, at least 0; all 1 where not given."""
 
     unit: ClassVar[Unit] = "groups"
 
@@ -63,6 +63,10 @@ class Mix:
         return any(part.whole_batch for part in self.parts)
 
     @property
+    def needs_gap(self) -> bool:
+        return any(part.needs_gap for part in self.parts)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """A loss for each part, then the parts' metrics; of two with one name the first."""
         return tuple(dict.fromkeys([*self._losses(), *(name for part in self.parts for name in part.metrics)]))
@@ -79,6 +83,8 @@ class Mix:
                 f"objective.weights has {len(self.weights)} numbers for {len(self.parts)} parts: must be one for each, "
                 "or left out (all 1)"
             )
+        if self.weights and (min(self.weights) < 0 or max(self.weights) <= 0):
+            found.append(f"objective.weights = {list(self.weights)}: must be at least 0, and one of them over 0")
         if any(isinstance(part, Mix) for part in self.parts):
             found.append("objective.parts has a mix in a mix: list its parts with products of the weights instead")
             return found
@@ -88,6 +94,13 @@ class Mix:
                 "objective.parts: need groups of different sizes ("
                 + ", ".join(f"{type(part).__name__}: {part.responses or 'any number'}" for part in self.parts)
                 + "); mix objectives over the same kind of data"
+            )
+        labelled = next((part for part in self.parts if "labels_S" in part.needs), None)
+        if labelled is not None and any(isinstance(part, SFT) for part in self.parts):
+            found.append(
+                f"objective.parts: sft beside {type(labelled).__name__} would raise the likelihood of undesirable "
+                "responses too; leave sft out, or train it alone on the desirable ones (data.convert: "
+                "unpaired_to_demonstrations) or mix it with an objective over pairs"
             )
         if len({part.head for part in self.parts}) > 1:
             found.append("objective.parts: a reward model's loss does not mix with a policy's")

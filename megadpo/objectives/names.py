@@ -69,16 +69,20 @@ OBJECTIVES: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Alias:
-    """Another program's name for an objective. settings: what the name itself sets."""
+    """Another program's name for an objective. settings: what the name itself sets. above_0: a setting that the name
+    says is there, and that is 0 where it is not given."""
 
     loss_type: str
     where: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    above_0: str | None = None
 
 
 ALIASES: dict[str, Alias] = {
     "sigmoid": Alias("dpo", "TRL, LLaMA-Factory"),
-    "cdpo": Alias("dpo", "papers"),
+    "cdpo": Alias("dpo", "papers", above_0="label_smoothing"),
+    "conservative_dpo": Alias("dpo", "papers", above_0="label_smoothing"),
+    "robust_dpo": Alias("robust", "papers"),
     "irpo": Alias("dpo_nll", "papers", {"normalise": "response"}),
     "rpo_nll": Alias("dpo_nll", "papers", {"normalise": "response"}),
     "sigmoid_norm": Alias("dpo_norm", "TRL"),
@@ -99,7 +103,10 @@ ALIASES: dict[str, Alias] = {
     "slic_hf": Alias("slic", "papers"),
     "apo": Alias("apo_zero", "papers"),
     "pl": Alias("plackett_luce", "papers"),
+    "pl_dpo": Alias("plackett_luce", "papers"),
+    "pairwise_cringe": Alias("cringe", "papers"),
     "rm": Alias("reward", "LLaMA-Factory, ms-swift"),
+    "reward_model": Alias("reward", "papers"),
     "bradley_terry": Alias("reward", "papers"),
     "nll": Alias("sft", "papers"),
 }
@@ -111,6 +118,8 @@ AMBIGUOUS = {
     "(margins of pairs, sorted) or aot_unpaired (chosen and rejected, each sorted)",
     "kto_pair": "kto_pair is gone from TRL and was never in the paper: write kto with unpaired data, or apo_zero, "
     "which anchors each response of a pair on its own",
+    "alphapo": "alphapo (TRL's CPO trainer) shapes SimPO's reward by a power, which is not here, and is not apo: write "
+    "simpo, which it is with an alpha of 0",
     "scale": "scale (NeMo-Aligner) is DPO weighted by the judge's margin, which is not here: write odpo or rpo_reward",
     "ppo": "ppo needs generation during training, which is not here: write dpo or another objective on preference data",
 }
@@ -140,9 +149,23 @@ SETTINGS_ELSEWHERE = {
     "pref_loss": "loss_type",
     "preference_loss": "loss_type",
     "reference_free": "loss_type: cpo (alpha: 0 for DPO without a reference)",
-    "lambda": "alpha",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "pref_bco_weight": "weights of loss_type: mix, with parts dpo and bco",
 }
 """Settings of other programs: what carries their meaning here."""
+
+
+SETTINGS_IN_PAPERS = {
+    "ipo": {"tau": "beta"},
+    "orpo": {"lambda": "beta", "alpha": "beta"},
+    "dpop": {"lambda": "alpha"},
+    "slic": {"lambda": "alpha"},
+    "spin": {"lambda": "beta"},
+    "hinge": {"gamma": "beta"},
+    "sppo_hard": {"eta": "beta, which is 1 / eta"},
+}
+"""What an objective's own paper calls its settings: what carries them here."""
 
 
 def name_of(objective: Objective) -> str:

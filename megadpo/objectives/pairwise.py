@@ -82,10 +82,10 @@ def difference(values_G2: Tensor) -> Tensor:
     return values_G2[:, 0] - values_G2[:, 1]
 
 
-def pair_metrics(policy_G2: Tensor, reward_G2: Tensor, beta: float) -> Tensor:
-    """Sums of PAIR_METRICS over the groups. A tie counts half an accuracy (TRL counts it as a miss)."""
+def pair_metrics(policy_G2: Tensor, reward_G2: Tensor, tie: Tensor | float) -> Tensor:
+    """Sums of PAIR_METRICS over the groups. Rewards nearer than `tie` count half an accuracy (TRL: a miss)."""
     margin_G = difference(reward_G2)
-    tie_G = margin_G.abs() < TIE * beta
+    tie_G = margin_G.abs() < tie
     accuracy_G = torch.where(tie_G, torch.full_like(margin_G, 0.5), (margin_G > 0).to(margin_G.dtype))
     return sums_of(*reward_G2.unbind(1), margin_G, accuracy_G, *policy_G2.unbind(1))
 
@@ -104,14 +104,23 @@ class Pairwise(Formula):
         """float64 [G, 2], for the metrics."""
         return self.scale * pairs.ratio_G2
 
+    def tie(self, pairs: Pairs) -> Tensor | float:
+        """The difference of rewards that TIE nats make: a number, or float64 [G]."""
+        return TIE * self.scale
+
     def losses(self, pairs: Pairs) -> Tensor:
         """float64 [G]."""
         raise NotImplementedError
 
     def __call__(self, sequences: Sequences) -> Outcome:
         pairs = Pairs(sequences)
-        metrics = pair_metrics(pairs.policy_G2, self.rewards(pairs), self.scale)
+        metrics = pair_metrics(pairs.policy_G2, self.rewards(pairs), self.tie(pairs))
         return Outcome(self.losses(pairs).sum(), sequences.count(self.unit), metrics)
+
+
+def tie_of_averages(pairs: Pairs, scale: float) -> Tensor:
+    """float64 [G]: the difference of rewards per token that TIE nats of the shorter response make."""
+    return TIE * scale / pairs.tokens_G2.min(dim=1).values
 
 
 class PairwiseWithNLL(Pairwise):
@@ -244,6 +253,9 @@ class NormDPO(Pairwise):
 
     def rewards(self, pairs: Pairs) -> Tensor:
         return self.beta * pairs.ratio_G2 / pairs.tokens_G2
+
+    def tie(self, pairs: Pairs) -> Tensor:
+        return tie_of_averages(pairs, self.beta)
 
     def losses(self, pairs: Pairs) -> Tensor:
         return -logsigmoid(difference(self.rewards(pairs)))

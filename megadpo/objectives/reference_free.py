@@ -11,7 +11,15 @@ from torch import Tensor, relu
 from torch.nn.functional import logsigmoid
 
 from megadpo.objectives.base import Unit
-from megadpo.objectives.pairwise import POSITIVE, Pairs, Pairwise, PairwiseWithNLL, difference, smoothed
+from megadpo.objectives.pairwise import (
+    POSITIVE,
+    Pairs,
+    Pairwise,
+    PairwiseWithNLL,
+    difference,
+    smoothed,
+    tie_of_averages,
+)
 
 NO_NEEDS: frozenset[str] = frozenset()
 
@@ -83,6 +91,9 @@ class SimPO(Pairwise):
     def rewards(self, pairs: Pairs) -> Tensor:
         return self.beta * pairs.average_G2
 
+    def tie(self, pairs: Pairs) -> Tensor:
+        return tie_of_averages(pairs, self.beta)
+
     def losses(self, pairs: Pairs) -> Tensor:
         return smoothed(difference(self.rewards(pairs)) - self.gamma, self.label_smoothing)
 
@@ -97,7 +108,8 @@ class ORPO(PairwiseWithNLL):
     Paper: Hong et al. 2024, equations 4, 6 and 7 (arXiv 2403.07691).
 
     TRL: `orpo` takes the likelihood over the prompt too (as its authors' code does unless told otherwise), averaged
-    over one micro-batch; the odds term is equal.
+    over one micro-batch; the odds term is equal. There is no setting for that here: a prompt's tokens are not scored,
+    and the likelihood is that of the response, as in the paper. So runs of theirs are not reproduced to the digit.
     """
 
     beta: float = 0.1
@@ -120,6 +132,9 @@ class ORPO(PairwiseWithNLL):
 
     def rewards(self, pairs: Pairs) -> Tensor:
         return self.beta * pairs.average_G2
+
+    def tie(self, pairs: Pairs) -> Tensor:
+        return tie_of_averages(pairs, self.beta)
 
     def losses(self, pairs: Pairs) -> Tensor:
         return -self.beta * logsigmoid(difference(log_odds(pairs.average_G2)))
@@ -146,10 +161,12 @@ def log_odds(logp: Tensor) -> Tensor:
 class CPO(PairwiseWithNLL):
     """Contrastive preference optimisation: DPO against a uniform reference, with the chosen response's likelihood.
 
-    Formula: with m = b (log p(y_w) - log p(y_l)): mean of -(1 - e) h(m) - e h(-m), plus a NLL; NLL over all chosen
-    tokens of the global batch, a = alpha, e = label_smoothing
+    Formula: with m = b (log p(y_w) - log p(y_l)): mean of -(1 - e) h(m) - e h(-m), plus a NLL; a = alpha, e =
+    label_smoothing. NLL is by `normalise`: tokens: minus the sum of log p(y_w) over all pairs / the sum of |y_w|; sum:
+    the mean over pairs of -log p(y_w)
 
-    Paper: Xu et al. 2024, equation 3 (arXiv 2401.08417), with e = 0 and a = 1.
+    Paper: Xu et al. 2024 (arXiv 2401.08417), with e = 0 and a = 1. sum is the likelihood of its equation 3, tokens that
+    of its authors' code.
 
     TRL: `sigmoid` of its CPO trainer, equal in the first term; the likelihood there is over the prompt too and over one
     micro-batch.
@@ -161,6 +178,8 @@ class CPO(PairwiseWithNLL):
     """Weight of the likelihood term (TRL: cpo_alpha)."""
     label_smoothing: float = 0.0
     """Probability that a label is the wrong way round."""
+    normalise: Literal["tokens", "sum"] = "tokens"
+    """What the likelihood term is a mean over."""
 
     needs: ClassVar[frozenset[str]] = NO_NEEDS
 
@@ -170,7 +189,7 @@ class CPO(PairwiseWithNLL):
 
     @property
     def nll_unit(self) -> Unit:
-        return "first_tokens"
+        return "first_tokens" if self.normalise == "tokens" else "groups"
 
     def problems(self) -> list[str]:
         return self.must(

@@ -60,7 +60,7 @@ class PlackettLuceReward(Formula):
     centering
 
     Paper: the Plackett-Luce model, as in Rafailov et al. 2023, equation 18 (arXiv 2305.18290). With two responses it is
-    Bradley-Terry.
+    Bradley-Terry. Ties as in plackett_luce.
 
     TRL: absent.
     """
@@ -82,5 +82,5 @@ class PlackettLuceReward(Formula):
         if self.centering:
             sums_G = torch.segment_reduce(reward_S, "sum", lengths=sequences.offsets_G1.diff(), unsafe=True)
             loss = loss + self.centering * (sums_G**2).sum()
-        metrics = list_metrics(reward_S, reward_S, EQUAL, sequences)[: len(self.metrics)]
+        metrics = list_metrics(reward_S, reward_S, torch.full_like(reward_S, EQUAL), sequences)[: len(self.metrics)]
         return Outcome(loss, sequences.count(self.unit), metrics)

@@ -17,6 +17,7 @@ from rich.console import Console
 from megadpo.config import Config
 from megadpo.config.decode import to_yaml
 from megadpo.files import storage_errors, write_text
+from megadpo.objectives.kinds import Kind, kind_of
 from megadpo.observe.progress import Screen, Task, Terminal, numbers
 from megadpo.observe.trackers import Tracker, open_trackers
 from megadpo.observe.versions import versions
@@ -24,6 +25,8 @@ from megadpo.observe.versions import versions
 METRICS = "metrics.jsonl"
 HELD_OUT = "eval_"
 """What the names of held-out metrics begin with."""
+GROUPS: dict[Kind, str] = {"demonstrations": "responses", "unpaired": "responses", "pairs": "pairs", "lists": "lists"}
+"""What a group of data is, in the step line; the record's key is pairs_per_second for all."""
 
 
 class RunLog:
@@ -46,6 +49,7 @@ class RunLog:
         self._folder = Path(run_dir).expanduser()
         self._total = total_steps
         self._config = config
+        self._what = GROUPS[kind_of(config.objective)]
         self._screen: Screen | None = None
         self._file: TextIO | None = None
         self._trackers: list[Tracker] = []
@@ -102,7 +106,7 @@ class RunLog:
             self.line(f"step {record['step']:,}, held-out data  {'  '.join(numbers(held_out))}")
         else:
             self._last = record
-            self._training.to(int(record["step"]), numbers(record))
+            self._training.to(int(record["step"]), numbers(record, self._what))
 
     def line(self, text: str) -> None:
         """A line on the terminal."""
@@ -129,7 +133,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.close()
         if self._last and self._training is not None and not self._training.stands:
-            self.line(f"step {self._last['step']:,}/{self._total:,}  {'  '.join(numbers(self._last))}")
+            self.line(f"step {self._last['step']:,}/{self._total:,}  {'  '.join(numbers(self._last, self._what))}")
         self._trackers, self._last = [], {}
 
 

@@ -19,7 +19,7 @@ SHOWN = (
     ("loss", "loss {}"),
     ("rewards/margins", "margin {}"),
     ("rewards/accuracies", "acc {}"),
-    ("pairs_per_second", "{} pairs/s"),
+    ("pairs_per_second", "{} {what}/s"),
     ("tokens_per_second", "{} tok/s"),
 )
 GAP = "  "
@@ -27,9 +27,9 @@ WIDE, BAR = 140, 20
 """Columns from which a bar has room beside the numbers, and the bar's."""
 
 
-def numbers(record: Mapping[str, Any]) -> list[str]:
-    """The record's most important numbers in words, the most important first."""
-    return [words.format(short(record[key])) for key, words in SHOWN if key in record]
+def numbers(record: Mapping[str, Any], what: str = "pairs") -> list[str]:
+    """The record's most important numbers in words, the most important first. what: what a group of data is."""
+    return [words.format(short(record[key]), what=what) for key, words in SHOWN if key in record]
 
 
 class Terminal(Console):

@@ -13,7 +13,7 @@ from torch import Tensor
 from megadpo.data.stream import Scored
 from megadpo.objectives import Objective, Sequences
 from megadpo.objectives.kinds import kind_of
-from megadpo.objectives.listwise import table
+from megadpo.objectives.listwise import differences
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.passes import Shared, asked_of, forward, global_counts, kernels_of, mean_ratio, with_reference
 from megadpo.train.step import Sums, read, total, totals_across, totals_of
@@ -117,7 +117,8 @@ class Also:
                 pairs.append((ratio_S.sum(), part.tokens_S.sum()))
             sums[:size] += torch.stack([value.double() for pair in pairs for value in pair])
             if self.calibrated:
-                sums[size:] += _confidences(part).flatten()
+                # a pair's label is its order, whatever its scores; a list's order says nothing where two are equal
+                sums[size:] += _confidences(part if self.kind == "lists" else replace(part, scores_S=None)).flatten()
         if context.holds_loss:
             context.sum_over_data(sums)
         values = context.from_last_stage(sums).cpu()
@@ -137,11 +138,11 @@ class Also:
 
 def _confidences(part: Sequences) -> Tensor:
     """float64 [3, BINS]: of every two responses of a group, how many have a confidence in the bin; how many of them are
-    in the right order (a tie counts half); the sum of their confidences. Confidence: sigmoid(|r_i - r_j|)."""
+    in the right order (a tie counts half); the sum of their confidences. Confidence: sigmoid(|r_i - r_j|). Two with the
+    same score have no right order and do not count."""
     found = torch.zeros(3, BINS, dtype=torch.float64, device=part.policy_S.device)
-    for reward_GK in table(part.field("policy_S"), part):
-        better, worse = torch.triu_indices(reward_GK.shape[1], reward_GK.shape[1], 1, device=reward_GK.device)
-        margin = (reward_GK[:, better] - reward_GK[:, worse]).flatten()
+    for margins, ordered in differences(part.field("policy_S"), part):
+        margin = margins[ordered]
         confidence = margin.abs().sigmoid()
         bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
         right = (torch.sign(margin) + 1) / 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megadpo.config import Config
-from megadpo.config.check import check_grid
+from megadpo.config.check import check_grid, unused_reference
 from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.fit import misfits
 from megadpo.convert.importer import check_hf
@@ -54,8 +54,11 @@ class Inputs:
         return [self.train] if self.held_out is None else [self.train, self.held_out]
 
 
-def read_shapes(config: Config, world_size: int) -> Shapes:
-    """Raises ModelError for a folder that is no supported model, ConfigError for a grid that does not fit it."""
+def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
+    """Raises ModelError for a folder that is no supported model, ConfigError for a grid that does not fit it.
+
+    kl: a reference is scored for an objective without one, too. Where none is, settings of it are an error.
+    """
     policy = with_head(read_shape(_folder(config.model.path)), config.objective.head, config.model.path)
     problems = check_grid(
         config,
@@ -67,7 +70,10 @@ def read_shapes(config: Config, world_size: int) -> Shapes:
         kv_channels=policy.kv_channels,
     )
     problems += misfits(policy, config.parallel)
-    reference = read_shape(_folder(config.reference.path)) if config.reference.path else policy
+    compares = config.objective.needs_reference or kl
+    if not compares:
+        problems += unused_reference(config)
+    reference = read_shape(_folder(config.reference.path)) if config.reference.path and compares else policy
     if reference.experts or reference.latent:
         problems += [f"reference: {line}" for line in misfits(reference, config.parallel) if line not in problems]
     if "kl_N" in config.objective.needs:
@@ -127,7 +133,7 @@ def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | N
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
     check_vocabulary(tokenizer, shapes.policy.vocab_size)
     check_hf(shapes.policy, _folder(config.model.path))
-    if config.objective.needs_reference and config.reference.path:
+    if config.reference.path and shapes.reference is not shapes.policy:
         check_hf(shapes.reference, _folder(config.reference.path))
     screen = Screen(Terminal(sys.__stdout__))
 

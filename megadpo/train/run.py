@@ -221,7 +221,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
         identity.check_models(folder, config)
     if kl and config.objective.head == "scalar":
         raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
-    shapes = read_shapes(config, rank.world_size)
+    shapes = read_shapes(config, rank.world_size, kl)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
     with (

@@ -1,6 +1,7 @@
 """Data of other kinds than pairs through the command line: KTO on converted pairs, evaluation, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import yaml
 
 from megadpo.cli import main
+from megadpo.config import ReferenceConfig
 from megadpo.config.decode import load_config
-from megadpo.errors import ConfigError
+from megadpo.errors import ConfigError, ModelError
+from megadpo.train.inputs import read_shapes
 
 
 def run_file(folder: Path, shared: Path, **sections: Any) -> Path:
@@ -90,6 +93,27 @@ def test_kl_of_an_objective_without_reference(tmp_path: Path, shared: Path, capf
     assert main(["eval", str(path), "--kl"]) == 0
     [line] = [line for line in capfd.readouterr().out.splitlines() if "eval_kl/token" in line]
     assert float(line.split()[1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_reference_that_nothing_would_look_at_is_refused(
+    tmp_path: Path, shared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And its folder is not read; evaluation that measures the KL to it does look."""
+    config = load_config(run_file(tmp_path, shared, objective={"loss_type": "simpo"}), [])
+    missing = replace(config, reference=ReferenceConfig(path=str(tmp_path / "nowhere")))
+    for reference, said in (
+        (missing.reference, "reference.path = .*nowhere: objective.loss_type simpo has no reference"),
+        (ReferenceConfig("resident"), "reference.mode = resident: objective.loss_type simpo has no reference"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_shapes(replace(config, reference=reference), 1)
+    assert read_shapes(replace(config, reference=ReferenceConfig("resident")), 1, kl=True)
+    with pytest.raises(ModelError, match="nowhere"):
+        read_shapes(missing, 1, kl=True)
+    path = run_file(tmp_path, shared, objective={"loss_type": "simpo"}, reference={"mode": "resident"})
+    assert main(["train", str(path)]) != 0
+    assert "leave it out" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def test_the_schema_describes_what_is_accepted():
     objectives = schema["properties"]["objective"]["anyOf"]
     named = {branch["properties"]["loss_type"]["enum"][0]: branch for branch in objectives}
     assert list(named) == list(OBJECTIVES)
-    assert named["dpo"]["properties"]["loss_type"]["enum"] == ["dpo", "sigmoid", "cdpo"]
+    assert named["dpo"]["properties"]["loss_type"]["enum"] == ["dpo", "sigmoid", "cdpo", "conservative_dpo"]
     assert "beta" not in named["sft"]["properties"]
     assert named["mix"]["properties"]["parts"]["items"] == {"$ref": "#/properties/objective"}
     assert json.loads(json.dumps(schema)) == schema

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_level, save
 
-from megadpo.config import DataConfig
+from megadpo.config import Config, DataConfig, ModelConfig
 from megadpo.data.batch import pack
-from megadpo.data.kinds import CONVERSIONS, SAME_SCORE, Wanted, converted
+from megadpo.data.kinds import CONVERSIONS, NO_GAP, SAME_SCORE, Wanted, converted, wanted
 from megadpo.data.prepare import prepare
 from megadpo.data.records import Dropped, Group
 from megadpo.errors import DataError
+from megadpo.objectives import DPO, Mix
+from megadpo.objectives.margins import ODPO
 
 LIST = Group("row", "q", ("a", "b", "c", "d"), scores=(9.0, 5.0, 5.0, 1.0), ranked=True)
 PAIR = Group("row", "q", ("good", "bad"), scores=(3.0, 1.0))
@@ -58,6 +60,17 @@ def test_lists() -> None:
     tied = replace(LIST, scores=(2.0,) * 4)
     for name in ("lists_to_pairs_best_worst", "lists_to_pairs_best_random", "lists_to_pairs_all"):
         assert made(tied, name) == [Dropped("row", SAME_SCORE)]
+
+
+def test_a_list_of_equal_scores_is_left_out() -> None:
+    """As by the conversions: its order is that of the file. A pair that is labelled stays one for losses over pairs."""
+    tied = replace(LIST, scores=(2.0,) * 4)
+    assert converted(tied, Wanted("lists")) == [Dropped("row", SAME_SCORE)]
+    assert converted(replace(PAIR, scores=(1.0, 1.0)), Wanted("lists")) == [Dropped("row", SAME_SCORE)]
+    for group in (LIST, replace(tied, scores=None), replace(PAIR, scores=None)):
+        assert converted(group, Wanted("lists")) == [group]
+    same = replace(PAIR, scores=(1.0, 1.0))
+    assert converted(same, Wanted("pairs")) == [same]
 
 
 def test_best_against_random_is_chance_that_can_be_had_again() -> None:
@@ -106,6 +119,24 @@ def test_scores_that_are_needed() -> None:
     assert converted(PAIR, Wanted("pairs", scores=True)) == [PAIR]
     [left_out] = converted(replace(PAIR, scores=None), Wanted("pairs", scores=True))
     assert isinstance(left_out, Dropped)
+
+
+def test_a_gap_that_is_needed() -> None:
+    """By a loss over its logarithm: pairs that have none are left out when the data are read, and counted."""
+    assert converted(PAIR, Wanted("pairs", scores=True, gap=True)) == [PAIR]
+    for scores in ((1.0, 1.0), (1.0, 3.0)):
+        pair = replace(PAIR, scores=scores)
+        assert converted(pair, Wanted("pairs", scores=True, gap=True)) == [Dropped("row", NO_GAP)]
+        assert converted(pair, Wanted("pairs", scores=True)) == [pair]
+    run_file = Config("run", ModelConfig("model"), DataConfig(("pairs.jsonl",)))
+    for objective, needed in (
+        (ODPO(), True),
+        (ODPO(offset="linear"), False),
+        (ODPO(alpha=0.0), False),
+        (Mix((DPO(), ODPO())), True),
+        (DPO(), False),
+    ):
+        assert wanted(replace(run_file, objective=objective)).gap == needed
 
 
 @pytest.fixture(scope="module")

@@ -115,5 +115,10 @@ def test_too_long_together() -> None:
 def test_refusals_name_the_step_and_what_to_do() -> None:
     with pytest.raises(DataError, match=r"step 3 has a batch of 1 group, .* at least 2 .* change batch\.global"):
         mismatched(unpaired(list(range(9))), np.arange(9), 4, 0)  # type: ignore[arg-type]
+    rows = unpaired([0, 1, 1, 1, 2, 3])
     with pytest.raises(DataError, match=r"step 1: 3 of its 4 groups have the prompt of row 1, .* train\.shuffle"):
-        mismatched(unpaired([0, 1, 1, 1]), np.arange(4), 4, 0)  # type: ignore[arg-type]
+        mismatched(rows, np.arange(6), 4, 0)  # type: ignore[arg-type]
+    for store, order in ((rows, np.array([3, 2, 1, 0, 4, 5])), (unpaired([0, 1, 1, 1]), np.arange(4))):
+        with pytest.raises(DataError, match="3 of its 4 groups") as raised:  # shuffled already, or all there is
+            mismatched(store, order, 4, 0)  # type: ignore[arg-type]
+        assert "shuffle" not in str(raised.value)

@@ -293,7 +293,8 @@ def orpo(o: Any, now: Batch, still: Batch) -> Any:
 
 def cpo(o: Any, now: Batch, still: Batch) -> Any:
     preference = mean([two_label(mpf(o.beta) * (p[0] - p[1]), o.label_smoothing) for p in now.p])
-    return preference + mpf(o.alpha) * -sum(p[0] for p in now.p) / sum(n[0] for n in now.n)
+    over = sum(n[0] for n in now.n) if o.normalise == "tokens" else len(now.n)
+    return preference + mpf(o.alpha) * -sum(p[0] for p in now.p) / over
 
 
 def click(o: Any, now: Batch, still: Batch) -> Any:
@@ -453,9 +454,11 @@ def plackett_luce(o: Any, now: Batch, still: Batch) -> Any:
 
 def rrhf(o: Any, now: Batch, still: Batch) -> Any:
     losses = []
-    for p, n in zip(now.p, now.n, strict=True):
+    for g, (p, n) in enumerate(zip(now.p, now.n, strict=True)):
         score = [a / mpf(b) ** mpf(o.length_penalty) for a, b in zip(p, n, strict=True)]
-        pairs = [clip(score[j] - score[i], 0) for i in range(len(p)) for j in range(i + 1, len(p))]
+        judged = range(len(p)) if now.score is None else now.score[g]
+        places = [(i, j) for i in range(len(p)) for j in range(i + 1, len(p)) if judged[i] != judged[j]]
+        pairs = [clip(score[j] - score[i], 0) for i, j in places]
         losses.append(sum(pairs, mpf(0)) - mpf(o.alpha) * p[0])
     return mean(losses)
 

@@ -169,6 +169,12 @@ SAME = [
     ("length-normalised DPO of one token is DPO", NormDPO(B), DPO(B), of_length(1)),
     ("SimPO with 0 is length-normalised DPO under a uniform reference", SimPO(B, 0.0), NormDPO(B), UNIFORM),
     ("CPO with 0 is DPO under a uniform reference", CPO(B, 0.0), DPO(B), UNIFORM),
+    (
+        "CPO with sums is DPO with sums under a uniform reference",
+        CPO(B, 0.3, normalise="sum"),
+        DPOWithNLL(B, 0.3, "sum"),
+        UNIFORM,
+    ),
     ("ODPO with 0 is DPO", ODPO(B, 0.0), DPO(B), {}),
     ("ODPO over equal scores is DPO", ODPO(B, 1.0, "linear"), DPO(B), {"scores_S": zeros()}),
     ("beta-DPO with 0 is DPO", BetaDPO(B, 0.0), DPO(B), {}),
@@ -252,3 +258,36 @@ def test_the_loss_changes_with_the_reference() -> None:
     batch = pairs()
     moved = replace(batch, reference_S=batch.reference_S + torch.arange(16) * 0.1)
     assert DPO(B)(moved).loss.item() != DPO(B)(batch).loss.item()
+
+
+def test_equal_scores_are_no_preference() -> None:
+    """Of a ranked list: neither a hinge nor a right or wrong order; without scores the order is all there is."""
+    batch = Sequences(
+        policy_S=torch.tensor([-5.0, -3.0, -4.0, -1.0, -2.0]),
+        reference_S=torch.zeros(5),
+        tokens_S=torch.ones(5, dtype=torch.int64),
+        offsets_G1=torch.tensor([0, 3, 5]),
+        scores_S=torch.tensor([4.0, 4.0, 1.0, 7.0, 7.0]),
+    )
+    assert RRHF(alpha=0.0)(batch).loss.item() == 1.0  # -4 over -5; -3 over -5 is no mistake, they have the same score
+    assert RRHF(alpha=0.0)(replace(batch, scores_S=None)).loss.item() == 2.0 + 1.0
+    for objective in (RRHF(), PlackettLuceDPO(), PlackettLuceReward()):
+        accuracy = list(objective.metrics).index("rewards/accuracies")
+        # first list: -5 < -4 is wrong, -3 > -4 right; the second says nothing: half
+        assert objective(batch).metrics[accuracy].item() == 0.5 + 0.5
+        in_order = objective(replace(batch, scores_S=None)).metrics[accuracy].item()
+        assert in_order == pytest.approx(1 / 3 + 1)
+
+
+@pytest.mark.parametrize("objective", [DPO(2.0), NormDPO(2.0), SimPO(2.0), ORPO(2.0), RRHF()])
+def test_a_tie_is_a_tie_of_sums(objective: Any) -> None:
+    """0.02 nats over 500 tokens are a preference, also of a loss that looks at rewards per token; 0.00002 are not."""
+    accuracy = list(objective.metrics).index("rewards/accuracies")
+    for apart, expected in ((0.02, 1.0), (-0.02, 0.0), (2e-5, 0.5)):
+        batch = Sequences(
+            policy_S=torch.tensor([-100 + apart, -100], dtype=torch.float64),
+            reference_S=torch.full((2,), -100, dtype=torch.float64),
+            tokens_S=torch.tensor([500, 500]),
+            offsets_G1=torch.tensor([0, 2]),
+        )
+        assert objective(batch).metrics[accuracy].item() == expected

@@ -9,16 +9,26 @@ import pytest
 import yaml
 
 from megadpo.config.decode import load_config, to_yaml
+from megadpo.config.schema import field_types
 from megadpo.errors import ConfigError
 from megadpo.objectives import DPO, OBJECTIVES, SFT, Mix
 from megadpo.objectives.margins import RewardRPO
-from megadpo.objectives.names import ALIASES, AMBIGUOUS, SETTINGS_ELSEWHERE, as_settings, name_of, title
+from megadpo.objectives.names import (
+    ALIASES,
+    AMBIGUOUS,
+    SETTINGS_ELSEWHERE,
+    SETTINGS_IN_PAPERS,
+    as_settings,
+    name_of,
+    title,
+)
 from megadpo.objectives.pairwise import DPOWithNLL
 from megadpo.objectives.reference_free import SimPO
 
 MADE_FOR = {
     "TRL": "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop "
     "sft sigmoid_norm kto apo_zero_unpaired simpo cpo orpo",
+    "papers": "cdpo conservative_dpo robust_dpo pairwise_cringe pl_dpo reward_model",
     "LLaMA-Factory": "sigmoid hinge ipo orpo simpo rm sft kto",
     "NeMo": "dpo ipo rpo_bwd_kl rpo_fwd_kl rpo_sq",
     "ms-swift": "dpo orpo simpo kto cpo rm",
@@ -64,6 +74,17 @@ def test_an_alias_sets_what_its_name_says(tmp_path: Path) -> None:
     assert read(tmp_path, {"loss_type": "irpo"}).objective == DPOWithNLL(normalise="response")
 
 
+@pytest.mark.parametrize("name", ["cdpo", "conservative_dpo", "cDPO"])
+def test_conservative_dpo_needs_its_smoothing(tmp_path: Path, name: str) -> None:
+    """Without, the name would train plain DPO."""
+    for settings in ({}, {"label_smoothing": 0}):
+        with pytest.raises(
+            ConfigError, match=rf"label_smoothing = 0: loss_type {name} is dpo with label_smoothing over"
+        ):
+            read(tmp_path, {"loss_type": name} | settings)
+    assert read(tmp_path, {"loss_type": name, "label_smoothing": 0.1}).objective == DPO(0.1, 0.1)
+
+
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_a_name_with_several_meanings_says_what_to_write(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="write ") as raised:
@@ -80,6 +101,25 @@ def test_a_setting_of_another_program_says_where_its_meaning_is(tmp_path: Path, 
         read(tmp_path, {"loss_type": "dpo", setting: 1.0})
     assert f"objective.{setting}: dpo has no such setting" in str(raised.value)
     assert SETTINGS_ELSEWHERE[setting].split()[0] in str(raised.value)
+
+
+def test_a_setting_that_its_paper_calls_otherwise(tmp_path: Path) -> None:
+    """Where the same word means another setting for another objective."""
+    for loss_type, settings in SETTINGS_IN_PAPERS.items():
+        for setting, here in settings.items():
+            assert here.split(",")[0] in field_types(OBJECTIVES[loss_type])
+            with pytest.raises(ConfigError, match=f"objective.{setting}: .*here that is objective.{here}"):
+                read(tmp_path, {"loss_type": loss_type, setting: 1.0})
+    with pytest.raises(ConfigError, match=r"kto_chosen_weight: .* here that is objective\.desirable_weight"):
+        read(tmp_path, {"loss_type": "kto", "kto_chosen_weight": 1.0})
+
+
+def test_a_list_of_names_is_a_mix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(tmp_path, {"loss_type": ["sigmoid", "sft"]})
+    assert "for several objectives write loss_type: mix, parts: [{loss_type: sigmoid}, {loss_type: sft}]" in str(
+        raised.value
+    )
 
 
 def test_no_objective_takes_a_setting_that_it_has_not(tmp_path: Path) -> None:
@@ -107,8 +147,17 @@ def test_a_mix(tmp_path: Path) -> None:
         ({"parts": [{"loss_type": "dpo"}, {"loss_type": "plackett_luce"}]}, "groups of different sizes"),
         ({"parts": [{"loss_type": "dpo"}, {"loss_type": "reward"}]}, "does not mix"),
         ({"parts": [{"loss_type": "mix", "parts": [{"loss_type": "dpo"}]}]}, "a mix in a mix"),
+        (
+            {"parts": [{"loss_type": "kto"}, {"loss_type": "sft"}]},
+            "sft beside KTO would raise the likelihood of undesi",
+        ),
         ({"parts": [{"loss_type": "dpo", "beta": -1.0}]}, "beta = -1.0: must be over 0"),
         ({"parts": [{"loss_type": "dpo", "gamma": 1.0}]}, "dpo has no such setting"),
+        (
+            {"parts": [{"loss_type": "dpo"}], "weights": [0]},
+            "weights = [0.0]: must be at least 0, and one of them over 0",
+        ),
+        ({"parts": [{"loss_type": "dpo"}, {"loss_type": "sft"}], "weights": [-1, 2]}, "must be at least 0, and one of"),
         ({"parts": {"loss_type": "dpo"}}, "must be a list of sections"),
         ({"parts": [{"loss_type": "dpo"}], "weights": "1"}, "must be a list of numbers"),
         ({}, "objective.parts: missing"),
@@ -142,7 +191,9 @@ def test_tokens_of_the_reference_need_it_beside_the_policy(tmp_path: Path) -> No
 
 
 def test_the_log_says_what_it_is() -> None:
-    assert title(DPO(0.2)).startswith("dpo (elsewhere: sigmoid, cdpo): Direct preference optimisation")
+    assert title(DPO(0.2)).startswith(
+        "dpo (elsewhere: sigmoid, cdpo, conservative_dpo): Direct preference optimisation"
+    )
     assert "beta 0.2" in title(DPO(0.2))
     assert title(Mix((SimPO(), SFT()), (1.0, 0.5))).startswith("mix of 1 x [simpo: Simple preference")
 

@@ -73,6 +73,7 @@ CASES = [
     ORPO(0.4, "response"),
     ORPO(0.4, "tokens"),
     CPO(0.3, 0.5, 0.1),
+    CPO(0.3, 0.5, 0.1, "sum"),
     CLICK(0.5, 6.0),
     KTO(0.3, 1.2, 0.8),
     BCOUnpaired(0.3),
@@ -159,6 +160,22 @@ def test_extreme(objective: Any) -> None:
 def test_ties(objective: Any) -> None:
     """Policy and reference equal, one token each, probabilities up to 1 - 1e-30."""
     compare(objective, tied(objective), slopes=not isinstance(objective, KINKS))
+
+
+@pytest.mark.parametrize("drift", [3.0, 40.0, 1e4])
+def test_a_drift_has_no_upper_bound(drift: float) -> None:
+    """KTO's z is 0 at least; a policy that is far away has a large one."""
+    objective = KTO(0.3, 1.2, 0.8)
+    for batch in (usual(objective, groups=5), one_group(extreme(objective), 0)):
+        compare(objective, replace(batch, mismatched_kl=torch.tensor(drift, dtype=torch.float64)))
+
+
+def test_a_beta_has_a_lower_bound() -> None:
+    """Beta-DPO's where the batch has its pairs far the wrong way round: 1e-3, whose loss is not that of 0."""
+    objective = BetaDPO(0.2, 0.6, 0.1)
+    batch = usual(objective, groups=5)
+    wrong = torch.tensor([-300.0, 0.0]).double().repeat(5)
+    compare(objective, replace(batch, policy_S=batch.reference_S + wrong))
 
 
 def joined(parts: list[Sequences]) -> Sequences:

@@ -79,6 +79,7 @@ PAIRS = [
     ORPO(0.5, "response"),
     ORPO(0.5, "tokens"),
     CPO(0.5),
+    CPO(0.5, 0.1, normalise="sum"),
     CLICK(0.5, 20.0),
     Mix((DPO(0.5), BCO(0.2), SFT()), (0.8, 0.2, 1.0)),
     Mix((SimPO(), SFT()), (1.0, 0.3)),

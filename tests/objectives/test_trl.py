@@ -237,7 +237,7 @@ def test_cpo_and_simpo() -> None:
     assert loss(SimPO(2.0, 0.7, 0.1), batch) == pytest.approx(float(theirs.mean()), rel=EQUAL)
     cpo = SimpleNamespace(**has, loss_type="sigmoid", beta=B)
     theirs, *_ = CPOTrainer.cpo_loss(cpo, sums[:, 0], sums[:, 1])
-    # its likelihood is over prompt and response of one micro-batch; equation 3 has that of the response
+    # its likelihood is over prompt and response of one micro-batch; the paper has that of the response
     nll = -sums[:, 0].sum() / batch.counts.first_tokens
     assert loss(CPO(B, 0.5, 0.1), batch) == pytest.approx(float(theirs.mean() + 0.5 * nll), rel=EQUAL)
 

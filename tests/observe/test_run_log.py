@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from megadpo.config import Config, DataConfig, LogConfig, ModelConfig
 from megadpo.config.decode import load_config
 from megadpo.errors import MachineError, StorageError
 from megadpo.files import storage_errors, write_text
+from megadpo.objectives import DPO
+from megadpo.objectives.listwise import RRHF
+from megadpo.objectives.unpaired import KTO
 from megadpo.observe import trackers, versions
 from megadpo.observe.log import RunLog, truncate_after, write_run_files
 from megadpo.observe.progress import Screen, Terminal
@@ -106,6 +110,15 @@ def test_other_ranks_write_nothing(tmp_path, capfd):
 
 
 # ---- the terminal
+
+
+@pytest.mark.parametrize(("objective", "what"), [(DPO(), "pairs"), (KTO(), "responses"), (RRHF(), "lists")])
+def test_the_step_line_says_what_a_group_is(tmp_path, objective, what):
+    plain = console(False)
+    with RunLog(tmp_path, 1, replace(config_in(tmp_path), objective=objective), enabled=True, console=plain) as log:
+        log.resume(0)
+        log.step(record(1))
+    assert f"3.140 {what}/s" in written(plain)
 
 
 def test_plain_lines_where_no_terminal_is(tmp_path):

@@ -16,8 +16,9 @@ from megadpo.convert.families import read_shape, with_head
 from megadpo.data.batch import Segment, pack, stream_tokens
 from megadpo.data.packing import Budget
 from megadpo.errors import ModelError
+from megadpo.objectives import Sequences
 from megadpo.objectives.reward_model import BradleyTerry, PlackettLuceReward
-from megadpo.train.evaluate import BINS, calibration
+from megadpo.train.evaluate import BINS, _confidences, calibration
 from train.engine import Case, assemble, run, worst
 
 VOCAB = 67
@@ -152,3 +153,11 @@ def test_calibration() -> None:
     bins[1] = bins[2]
     assert calibration(bins) == 0
     assert calibration(torch.zeros(3, BINS, dtype=torch.float64)) == 0
+
+
+def test_equal_scores_are_neither_right_nor_wrong() -> None:
+    rewards, scores = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([4.0, 4.0, 1.0])
+    part = Sequences(rewards, None, torch.ones(3, dtype=torch.int64), torch.tensor([0, 3]), scores_S=scores)
+    count, right, _ = _confidences(part)
+    assert (count.sum().item(), right.sum().item()) == (2, 1)
+    assert _confidences(replace(part, scores_S=None))[0].sum().item() == 3
