@@ -186,6 +186,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts": 4}, "num_local_experts is 8; supported: the value of num_experts, or only one"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; supported: a whole number from 1 to 8"),
     ("mixtral", {"n_routed_experts": 4}, "n_routed_experts is 4; supported: only models without it"),
+    # transformers looks at sliding_window alone
+    ("mixtral", {"sliding_window": 9, "layer_types": ["full_attention"] * 4}, "layer_types is ["),
+    ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ["),
+    ("mixtral", {"sliding_window": 0}, "sliding_window is 0; supported: a whole number from 1"),
     ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers is"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, 'supported: "greedy", "group_limited_greedy"'),
