@@ -46,10 +46,18 @@ def read_shape(folder: str | Path) -> ModelShape:
     if not isinstance(names, list) or len(names) != 1 or names[0] not in (*known, *reward):
         raise config.wrong("architectures", f"one of {', '.join(sorted(known))}, or of {', '.join(sorted(reward))}")
     if names[0] in reward:
-        if len(config.get("id2label") or range(config.get("num_labels") or 2)) != 1:
-            raise config.wrong("id2label", "one label: a reward model gives one number")
+        _require_one_label(config)
         return replace(reward[names[0]].read_shape(config), tied=False, head="scalar")
     return known[names[0]].read_shape(config)
+
+
+def _require_one_label(config: ConfigJson) -> None:
+    """id2label names the labels; num_labels counts them in configs without it; two where neither is there."""
+    field, labels = "id2label", config.get("id2label")
+    if labels is None:
+        field, labels = "num_labels", range(config.integer("num_labels", default=2))
+    if not isinstance(labels, dict | range) or len(labels) != 1:
+        raise config.wrong(field, "one label: a reward model gives one number")
 
 
 def reward_architecture(family: Family) -> str:
