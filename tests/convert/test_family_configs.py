@@ -204,6 +204,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("scored", {"id2label": "absent"}, "num_labels is missing; supported: one label"),
     ("scored", {"id2label": "absent", "num_labels": "x"}, 'num_labels is "x"; supported: a whole number'),
     ("scored", {"id2label": "absent", "num_labels": True}, "num_labels is true; supported: a whole number"),
+    # the export would say so, after the training
+    ("qwen2", {"dtype": 5}, 'dtype is 5; supported: "bfloat16", "float16", "float32"'),
+    ("qwen2", {"dtype": ["float32"]}, 'dtype is ["float32"]; supported: "bfloat16", "float16", "float32"'),
+    ("qwen2", {"torch_dtype": "float64"}, 'torch_dtype is "float64"; supported: "bfloat16", "float16", "float32"'),
     ("olmo2", {"sliding_window": 512}, "sliding_window is 512"),
     ("olmo2", {"num_key_value_heads": 3}, "a divisor of num_attention_heads (8)"),
     ("phi3", {"rope_scaling": LONG}, "rope_type default (longrope's frequencies depend on the batch)"),

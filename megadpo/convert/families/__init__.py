@@ -40,6 +40,7 @@ def read_shape(folder: str | Path) -> ModelShape:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: give a Hugging Face model folder (config.json, safetensors)")
     config = ConfigJson(folder)
+    config.dtype()  # a wrong one would be found by the export, after the training
     known = {family.architecture: family for family in FAMILIES}
     reward = {reward_architecture(family): family for family in FAMILIES}
     names = config.get("architectures")
