@@ -76,7 +76,7 @@ def transformers_logits(
     """float32 [len(ids), vocabulary] for each list of positions, by transformers.
 
     dtype: what weights are rounded to first. files: where merged weights are read from, if any are. Quantised weights
-    are decoded here: on a CPU transformers reads FP8 only where the blocks divide the matrix, and rounds it to bfloat16.
+    are decoded here: on a CPU transformers reads FP8 only where the blocks divide the matrix, and rounds to bfloat16.
     MachineError: transformers is missing; ModelError: it cannot load or compute the model. Code of the folder is never
     run.
     """

@@ -215,6 +215,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_parameters is"),
     ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor is 0.4"),
     ("phi3", {"partial_rotary_factor": 1.5}, "at most 1"),
+    ("phi3", {"partial_rotary_factor": True}, "partial_rotary_factor is true"),
     ("phi3", {"partial_rotary_factor": "half"}, 'partial_rotary_factor is "half"'),
 ]
 

@@ -24,7 +24,7 @@ from megadpo.convert.exporter import export_hf
 from megadpo.convert.hf_files import INDEX, WHOLE
 from megadpo.convert.pickles import INDEX_BIN, WHOLE_BIN
 from megadpo.convert.to_checkpoint import import_hf
-from megadpo.errors import MegadpoError
+from megadpo.errors import MegadpoError, ModelError
 
 CASES = 260
 WRONG: list[Any] = [
@@ -271,6 +271,16 @@ def damage(name: str, folder: Path, rng: random.Random) -> str:
     file = rng.choice(files[kind])
     kind(rng, folder / file)
     return f"{kind.__name__} {file}"
+
+
+def test_a_tensors_endless_name_is_cut(folders: Models, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["index"][0], tmp_path / "model"))
+    file = folder / "model-00002-of-00011.safetensors"
+    save_file(load_file(file) | {"x" * 10_000 + "\n": torch.zeros(1)}, file)
+    with pytest.raises(ModelError, match="does not name it") as error:
+        import_hf(folder, tmp_path / "out")
+    assert len(str(error.value)) < 1000
+    assert "\n" not in str(error.value)
 
 
 def test_accidents(folders: Models, tmp_path: Path) -> None:

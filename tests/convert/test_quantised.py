@@ -130,7 +130,7 @@ def logprobs(
 
 @pytest.mark.parametrize("name", CASES)
 def test_decoded_like_number_by_number(name: str, tmp_path: Path) -> None:
-    """As tensors, as slices, in the model on two grids, imported; the export is plain float32 and no longer says quantised."""
+    """As tensors, as slices, in the model on two grids, imported; the export is plain float32 and not marked."""
     quantise, changes = CASES[name]
     folder, plain = (write(name, tmp_path / which, **changes) for which in ("quantised", "plain"))
     meaning = quantise(folder)
