@@ -94,8 +94,7 @@ def of_json(rng: random.Random, path: Path) -> None:
 
 FIELDS = {
     "reward": ["architectures", "id2label", "num_labels", "dtype"],
-    "moe": ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "mlp_only_layers", "decoder_sparse_step"]
-    + ["layer_types", "sliding_window", "rope_parameters"],
+    "moe": ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "mlp_only_layers", "layer_types"],
     "fp8": ["quantization_config", "n_group", "topk_group", "kv_lora_rank", "q_lora_rank", "num_nextn_predict_layers"],
     "mxfp4": ["quantization_config", "num_local_experts", "layer_types", "sliding_window", "swiglu_limit", "dtype"],
 }
