@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from megadpo.convert.config_json import ConfigJson
-from megadpo.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megadpo.convert.families.deepseek_v2 import DEEPSEEK_V2
+from megadpo.convert.families.deepseek_v3 import DEEPSEEK_V3
 from megadpo.convert.families.gemma import GEMMA2, GEMMA3
 from megadpo.convert.families.gpt_oss import GPT_OSS
 from megadpo.convert.families.llama import LLAMA
