@@ -1,4 +1,4 @@
-"""Whether a model with experts, latent attention or norms over all heads fits a grid; the rest is in config/check.py."""
+"""Whether a model with experts, latent attention or norms over all heads fits a grid; the rest: config/check.py."""
 
 from __future__ import annotations
 

@@ -21,15 +21,13 @@ from megadpo.convert.rope_json import read_rope
 from megadpo.convert.shape import Experts, ModelShape
 from megadpo.convert.tables import Family
 
-WEIGHTS = (
-    *EMBEDDING,
+LAYERS = (
     *LATENT_ATTENTION,
     *PLAIN_MLP,
     *EXPERT_NORM,
     *router("mlp.gate"),
     *routed("mlp."),
     *SHARED_EXPERTS,
-    *OUTPUT,
 )
 
 
@@ -61,13 +59,8 @@ def read_deepseek(config: ConfigJson, family: str, knows: tuple[str, ...]) -> Mo
         router_float32=True,
         shared_ffn_hidden_size=shared * width,
     )
-    return replace(
-        shape,
-        kv_channels=latent.value_width,
-        latent=latent,
-        experts=experts,
-        scores=latent_scores(config, shape, latent),
-    )
+    scores = latent_scores(config, shape, latent)
+    return replace(shape, kv_channels=latent.value_width, latent=latent, experts=experts, scores=scores)
 
 
 def read_shape(config: ConfigJson) -> ModelShape:
@@ -84,4 +77,9 @@ def read_shape(config: ConfigJson) -> ModelShape:
     return replace(shape, experts=experts)
 
 
-DEEPSEEK_V2 = Family(name="deepseek_v2", architecture="DeepseekV2ForCausalLM", read_shape=read_shape, weights=WEIGHTS)
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    read_shape=read_shape,
+    weights=(*EMBEDDING, *LAYERS, *OUTPUT),
+)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megadpo.convert.config_json import ConfigJson
-from megadpo.convert.families.blocks import HF, MLP
-from megadpo.convert.families.deepseek_v2 import WEIGHTS, read_deepseek
+from megadpo.convert.families.blocks import EMBEDDING, HF, MLP, OUTPUT
+from megadpo.convert.families.deepseek_v2 import LAYERS, read_deepseek
 from megadpo.convert.families.mixtures import grouped, has_experts
 from megadpo.convert.quantised import check_method
 from megadpo.convert.shape import ModelShape
@@ -47,5 +47,5 @@ DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     read_shape=read_shape,
-    weights=(*WEIGHTS, SELECTION_BIAS),
+    weights=(*EMBEDDING, *LAYERS, SELECTION_BIAS, *OUTPUT),
 )

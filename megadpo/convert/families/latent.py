@@ -31,6 +31,7 @@ LATENT_ATTENTION = (
 
 
 def read_latent(config: ConfigJson) -> LatentAttention:
+    """The widths, which all layers share. ModelError names the field."""
     latent = LatentAttention(
         query_rank=None if config.get("q_lora_rank") is None else config.integer("q_lora_rank"),
         key_value_rank=config.integer("kv_lora_rank"),
