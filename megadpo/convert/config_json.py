@@ -16,6 +16,10 @@ LARGEST = 2**26
 """No count in a config.json is larger; a damaged file could say so and keep us counting for ever."""
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""What a config.json may say that its weights are."""
+
+
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json's object_pairs_hook: a name that stands twice in one object is an error."""
     found: dict[str, Any] = {}
@@ -101,6 +105,12 @@ class ConfigJson:
         value = self.get(field)
         if value is not None and value not in allowed:
             raise self.wrong(field, ", ".join(json.dumps(x) for x in allowed) or "only models without it")
+
+    def dtype(self) -> str | None:
+        """What the weights are, by `dtype` (transformers 5) or `torch_dtype` (4); None where neither is there."""
+        for field in ("dtype", "torch_dtype"):
+            self.require(field, *DTYPES)
+        return self.get("dtype") or self.get("torch_dtype")
 
     def refuse_custom_code(self) -> None:
         """A model that is defined by Python files of its own folder: they are never run."""

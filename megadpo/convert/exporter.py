@@ -103,7 +103,7 @@ def export_hf(
     check_free(out, "export")
     checkpoint = TorchDist(checkpoint_dir)
     sources = find(checkpoint, shape, source)
-    name = dtype or _dtype_of(config, checkpoint.dtype(sources[0].key))
+    name = dtype or config.dtype() or _dtype_of(checkpoint.dtype(sources[0].key))
     shards = _shards(sources, DTYPES[name], max_shard_bytes)
     copies = small_files(source) if files is None else files
     total = sum(x.bytes(DTYPES[name]) for x in sources)
@@ -196,11 +196,7 @@ def _spellings(tensor: MegatronTensor, layers: int) -> Iterator[tuple[str, Stack
             yield name[:-2], stacks, "wv".index(name[-1])
 
 
-def _dtype_of(config: ConfigJson, stored: torch.dtype) -> str:
-    for field in ("dtype", "torch_dtype"):
-        config.require(field, *DTYPES)
-        if config.get(field):
-            return config.get(field)
+def _dtype_of(stored: torch.dtype) -> str:
     return next((name for name, dtype in DTYPES.items() if dtype == stored), "bfloat16")
 
 

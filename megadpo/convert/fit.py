@@ -1,4 +1,4 @@
-"""Whether a model with experts or latent attention fits a grid. What every model needs is in config/check.py."""
+"""Whether a model with experts, latent attention or norms over all heads fits a grid; the rest: config/check.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def misfits(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
         found.append(
             f"parallel.sequence_parallel = false: models with {what} need it where "
             f"parallel.tensor_model_parallel_size is over 1 (here {tensor}); set it to true"
+        )
+    if shape.norms.queries_keys == "projection" and shape.num_query_groups % tensor:
+        found.append(
+            f"parallel.tensor_model_parallel_size = {tensor}: a {shape.family} model with num_key_value_heads "
+            f"{shape.num_query_groups} has a norm over all keys; use a divisor of that number"
         )
     if latent := shape.latent:
         sizes = {"q_lora_rank": latent.query_rank or 0, "kv_lora_rank + qk_rope_head_dim": latent.key_value_rank}

@@ -226,7 +226,7 @@ class HFFiles:
                 if self.located.get(name) != file:
                     other = self.located.get(name)
                     said = f"says it is in {other}" if other else "does not name it"
-                    raise ModelError(f"{self.folder / file}: holds {name}, but {self.source} {said}")
+                    raise ModelError(f"{self.folder / file}: holds {some('', [name])}, but {self.source} {said}")
 
 
 def weights_warnings(folder: str | Path) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megadpo.convert.hf_files import HFFiles
+from megadpo.convert.quantised import FIELD, open_folder
 from megadpo.data.tokenizer import FILES, load_tokenizer
 from megadpo.errors import MachineError, ModelError
 
@@ -74,33 +75,52 @@ def transformers_logits(
 ) -> list[Tensor]:
     """float32 [len(ids), vocabulary] for each list of positions, by transformers.
 
-    dtype: what weights are rounded to first. files: where merged weights are read from, if any are.
-    MachineError: transformers is missing; ModelError: it cannot load the folder. Code of the folder is never run.
+    dtype: what weights are rounded to first. files: where merged weights are read from, if any are. Quantised weights
+    are decoded here: on a CPU transformers reads FP8 only where the blocks divide the matrix, and rounds to bfloat16.
+    MachineError: transformers is missing; ModelError: it cannot load or compute the model. Code of the folder is never
+    run.
     """
-    model = _load(folder)
-    for name, weight in model.named_parameters():
-        if files is not None and name in files.where:
-            weight.copy_(files.slice(name)[tuple(slice(None) for _ in weight.shape)])
-        if dtype is not None:
+    files = files or open_folder(folder)
+    model = _load(folder, None if type(files) is HFFiles else _tensors(files))
+    if dtype is not None:
+        for weight in model.parameters():
             weight.copy_(weight.to(dtype))
     tokens = torch.tensor([list(ids)])
     # The mask says that this is one text; gaps in the positions would otherwise be taken for borders between texts.
     mask = torch.ones_like(tokens)
-    return [model(tokens, attention_mask=mask, position_ids=torch.tensor([list(at)])).logits[0] for at in where]
-
-
-def _load(folder: Path) -> Any:
     try:
-        from transformers import AutoModelForCausalLM
+        return [model(tokens, attention_mask=mask, position_ids=torch.tensor([list(at)])).logits[0] for at in where]
+    except Exception as error:  # transformers raises all kinds
+        raise ModelError(f"{folder}: transformers cannot compute it: {_line(error)}") from error
+
+
+def _tensors(files: HFFiles) -> dict[str, Tensor]:
+    return {name: files.slice(name)[tuple(slice(0, n) for n in files.stored(name).shape)] for name in files.where}
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load(folder: Path, tensors: dict[str, Tensor] | None) -> Any:
+    """tensors: instead of those of the folder's files."""
+    try:
+        import transformers
     except ImportError as error:
         raise MachineError("--verify needs transformers: pip install 'transformers>=5.3'") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        )
+        if tensors is None:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+            )
+        else:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if hasattr(config, FIELD):
+                delattr(config, FIELD)
+            kind = getattr(transformers, config.architectures[0])
+            model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     except Exception as error:  # transformers raises all kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder}: transformers cannot load it: {reason}") from error
+        raise ModelError(f"{folder}: transformers cannot load it: {_line(error)}") from error
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import ModelShape
-from megadpo.errors import MachineError, ModelError
+from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.experts import expert_options, use_experts
 from megadpo.model.latent import latent_options, use_latent_attention
@@ -257,18 +257,13 @@ def build_chunks(
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    Raises MachineError where the log-probability back end cannot run on this device, ModelError where the model does
-    not fit the grid.
+    The grid fits the model (convert/fit.py). Raises MachineError where the log-probability back end cannot run on this
+    device.
     """
     problem = triton_problem(context.device) if logprob_backend == "triton" else None
     if problem:
         raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
     config = transformer_config(shape, parallel, dtype, recompute, context.device)
-    if shape.norms.queries_keys == "projection" and shape.num_query_groups % context.tensor_size:
-        raise ModelError(
-            f"parallel.tensor_model_parallel_size = {context.tensor_size}: a {shape.family} model with "
-            f"num_key_value_heads {shape.num_query_groups} has a norm over all keys; use a divisor of that number"
-        )
     backend, _ = choose_backend(context.device, DTYPES[dtype], shape)
     chunks = []
     for stage, first, last in context.stages():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +74,9 @@ def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
     if not compares:
         problems += unused_reference(config)
     reference = read_shape(_folder(config.reference.path)) if config.reference.path and compares else policy
-    if reference.experts or reference.latent:
-        problems += [f"reference: {line}" for line in misfits(reference, config.parallel) if line not in problems]
+    # a reference without experts may stand beside a policy whose experts are dealt
+    grid = config.parallel if reference.experts else replace(config.parallel, expert_model_parallel_size=1)
+    problems += [f"reference: {line}" for line in misfits(reference, grid) if line not in problems]
     if "kl_N" in config.objective.needs:
         problems += _incomparable(policy, reference, config)
     if problems:

@@ -12,12 +12,12 @@ from families_table import ROWS, write
 from safetensors.torch import load_file, save_file
 
 from megadpo.config import ParallelConfig
-from megadpo.convert.config_json import ConfigJson
-from megadpo.convert.exporter import _write_config
+from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.fit import misfits
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import Experts, LatentAttention, ModelShape, Scores, Window
+from megadpo.convert.to_checkpoint import import_hf
 from megadpo.errors import ModelError
 
 COMMON = {
@@ -186,6 +186,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts": 4}, "num_local_experts is 8; supported: the value of num_experts, or only one"),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; supported: a whole number from 1 to 8"),
     ("mixtral", {"n_routed_experts": 4}, "n_routed_experts is 4; supported: only models without it"),
+    # transformers looks at sliding_window alone
+    ("mixtral", {"sliding_window": 9, "layer_types": ["full_attention"] * 4}, "layer_types is ["),
+    ("mixtral", {"layer_types": ["sliding_attention"] * 4}, "layer_types is ["),
+    ("mixtral", {"sliding_window": 0}, "sliding_window is 0; supported: a whole number from 1"),
     ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers is"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
     ("deepseek_v2", {"topk_method": "noaux_tc"}, 'supported: "greedy", "group_limited_greedy"'),
@@ -287,7 +291,7 @@ def test_cost_counts_what_a_token_meets(tmp_path: Path) -> None:
 
 def test_layers_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
     """DeepSeek-V3's files have one behind the last layer: it is not read, and the export says that it is gone."""
-    folder = write("deepseek_v3", tmp_path)
+    folder = write("deepseek_v3", tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")
     layers = ROWS["deepseek_v3"].fields.get("num_hidden_layers", 4)
     extra = f"model.layers.{layers}.eh_proj.weight"
@@ -298,5 +302,9 @@ def test_layers_for_further_tokens_are_left_alone(tmp_path: Path) -> None:
     field = "num_nextn_predict_layers" if "num_nextn_predict_layers" in given else "num_mtp_layers"
     (folder / "config.json").write_text(json.dumps(given | {field: 1}))
     check_hf(read_shape(folder), folder)
-    _write_config(tmp_path / "exported.json", ConfigJson(folder), "float32", {})
-    assert json.loads((tmp_path / "exported.json").read_text()) == given | {field: 0}
+    import_hf(folder, tmp_path / "in")
+    export_hf(tmp_path / "in", tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == given | {field: 0}
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == tensors.keys()
+    assert all(torch.equal(after[name], tensors[name]) for name in tensors)

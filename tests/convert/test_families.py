@@ -29,10 +29,10 @@ from megadpo.config import ParallelConfig
 from megadpo.convert import families
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import FAMILIES, LLAMA, family_of, read_shape
+from megadpo.convert.fit import misfits
 from megadpo.convert.importer import check_hf, load_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.convert.tables import Weight
-from megadpo.errors import ModelError
 
 CASES = [(name, grid) for name, row in ROWS.items() for grid in row.grids]
 
@@ -238,19 +238,11 @@ def test_comparison_would_see_a_mistake(folders: dict[str, Path], logprobs: dict
     assert {name: size for name, size in differences.items() if not size > 1e-3} == {}
 
 
-def build_refused(device: torch.device, folder: Path) -> str:
-    from megadpo.model.build import build_chunks
-    from megadpo.parallel.context import grid
-
-    parallel = ParallelConfig(2)
-    with grid(parallel, device, seed=0) as context, pytest.raises(ModelError) as error:
-        build_chunks(read_shape(folder), parallel, context, "float32")
-    return str(error.value)
-
-
 def test_a_norm_over_all_keys_cannot_split_one_key_head(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Said before any rank starts."""
     given = json.loads((folders["olmo2"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(given | {"num_key_value_heads": 1}))
-    for line in run_ranks(2, build_refused, tmp_path):
-        assert "tensor_model_parallel_size = 2" in line
-        assert "num_key_value_heads 1 has a norm over all keys; use a divisor of that number" in line
+    [line] = misfits(read_shape(tmp_path), ParallelConfig(2))
+    assert "tensor_model_parallel_size = 2" in line
+    assert "num_key_value_heads 1 has a norm over all keys; use a divisor of that number" in line
+    assert misfits(read_shape(folders["olmo2"]), ParallelConfig(2)) == []

@@ -39,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid"},
     "gemma3": GEMMA3,
     "olmo2": {"architectures": ["Olmo2ForCausalLM"], "attention_bias": False},
+    "scored": {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "reward"}},
     "phi3": {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "original_max_position_embeddings": 2048},
 }
 
@@ -132,6 +133,8 @@ READ: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {},
         {"norms": Norms(before=False, after=True, queries_keys="projection"), "window": NONE, "qkv_bias": False},
     ),
+    ("scored", {}, {"head": "scalar", "tied": False}),
+    ("scored", {"id2label": "absent", "num_labels": 1}, {"head": "scalar"}),
     ("phi3", {}, PLAIN | {"window": Window(2047, EVERY), "rotary_percent": 1.0}),
     ("phi3", {"partial_rotary_factor": 0.75}, {"rotary_percent": 0.75}),
     (
@@ -189,6 +192,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "rope_type default for sliding_attention",
     ),
     ("gemma3", {"rope_parameters": BOTH | {"full_attention": {"rope_theta": 5e5}}}, "rope_theta is 1000000.0"),
+    # which transformers never reads
+    (
+        "gemma3",
+        {"_sliding_window_pattern": 2, "sliding_window_pattern": "absent"},
+        "_sliding_window_pattern is 2; supported: sliding_window_pattern without _, or layer_types",
+    ),
+    ("scored", {"id2label": 5}, "id2label is 5; supported: one label"),
+    ("scored", {"id2label": ["reward"]}, 'id2label is ["reward"]; supported: one label'),
+    ("scored", {"id2label": {"0": "a", "1": "b"}}, "supported: one label"),
+    ("scored", {"id2label": "absent"}, "num_labels is missing; supported: one label"),
+    ("scored", {"id2label": "absent", "num_labels": "x"}, 'num_labels is "x"; supported: a whole number'),
+    ("scored", {"id2label": "absent", "num_labels": True}, "num_labels is true; supported: a whole number"),
+    # the export would say so, after the training
+    ("qwen2", {"dtype": 5}, 'dtype is 5; supported: "bfloat16", "float16", "float32"'),
+    ("qwen2", {"dtype": ["float32"]}, 'dtype is ["float32"]; supported: "bfloat16", "float16", "float32"'),
+    ("qwen2", {"torch_dtype": "float64"}, 'torch_dtype is "float64"; supported: "bfloat16", "float16", "float32"'),
     ("olmo2", {"sliding_window": 512}, "sliding_window is 512"),
     ("olmo2", {"num_key_value_heads": 3}, "a divisor of num_attention_heads (8)"),
     ("phi3", {"rope_scaling": LONG}, "rope_type default (longrope's frequencies depend on the batch)"),
@@ -196,6 +215,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}}, "rope_parameters is"),
     ("phi3", {"partial_rotary_factor": 0.4}, "partial_rotary_factor is 0.4"),
     ("phi3", {"partial_rotary_factor": 1.5}, "at most 1"),
+    ("phi3", {"partial_rotary_factor": True}, "partial_rotary_factor is true"),
     ("phi3", {"partial_rotary_factor": "half"}, 'partial_rotary_factor is "half"'),
 ]
 

@@ -18,6 +18,7 @@ from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.importer import check_hf, load_hf
 from megadpo.convert.quantised import open_folder
+from megadpo.convert.to_checkpoint import import_hf
 from megadpo.errors import ModelError
 
 BLOCK = (16, 24)
@@ -129,7 +130,7 @@ def logprobs(
 
 @pytest.mark.parametrize("name", CASES)
 def test_decoded_like_number_by_number(name: str, tmp_path: Path) -> None:
-    """As tensors, as slices, in the model on two grids; the export is plain float32 and no longer says quantised."""
+    """As tensors, as slices, in the model on two grids, imported; the export is plain float32 and not marked."""
     quantise, changes = CASES[name]
     folder, plain = (write(name, tmp_path / which, **changes) for which in ("quantised", "plain"))
     meaning = quantise(folder)
@@ -145,8 +146,10 @@ def test_decoded_like_number_by_number(name: str, tmp_path: Path) -> None:
         assert torch.equal(files.slice(tensor)[inside], values[inside])
     (tmp_path / "checkpoint").mkdir()
     [[got]] = run_ranks(1, logprobs, [folder], ParallelConfig(), tmp_path / "checkpoint")
-    [[want]] = run_ranks(1, logprobs, [plain], ParallelConfig(), None)
+    import_hf(folder, tmp_path / "in")
+    [[want, imported]] = run_ranks(1, logprobs, [plain, tmp_path / "in"], ParallelConfig(), None)
     assert torch.equal(got, want)
+    assert torch.equal(imported, want)
     for ranks in run_ranks(
         2, logprobs, [folder], ParallelConfig(2, expert_model_parallel_size=2, sequence_parallel=True), None
     ):

@@ -11,6 +11,8 @@ import torch
 from distributed import run_ranks
 from llamas import write
 from test_adapters import adapter
+from test_quantised import CASES as QUANTISED
+from test_quantised import rewrite
 from test_round_trip import STORIES
 from test_to_checkpoint import same, weights
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -116,6 +118,27 @@ def test_long_positions_are_looked_at(tmp_path: Path) -> None:
     one, two = transformers_logits(source, ids, where), transformers_logits(other, ids, where)
     assert compare(one[1], two[1], where[1]).logit > 1e-2
     assert compare(one[1], two[1], where[1]).position > 200
+
+
+def test_what_transformers_cannot_compute_is_said_in_a_line(tmp_path: Path) -> None:
+    source = families_table.write("mixtral", tmp_path, sliding_window=0)
+    with pytest.raises(ModelError, match="transformers cannot compute it: ") as error:
+        transformers_logits(source, [1, 2, 3], [[0, 1, 2]])
+    assert "\n" not in str(error.value)
+
+
+def test_quantised_folders_are_verified(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Sides that the blocks do not divide, which transformers itself does not load. It computes with the meaning."""
+    for name, (quantise, changes) in QUANTISED.items():
+        source = families_table.write(name, tmp_path / name, **changes)
+        plain = families_table.write(name, tmp_path / f"{name}-plain", **changes)
+        rewrite(plain, quantise(source))
+        ids, where = text_ids(source, 101, 20), positions(20, 256)
+        for one, other in zip(*(transformers_logits(x, ids, where) for x in (source, plain)), strict=True):
+            # not to the bit: the order of sums depends on how a matrix lies in memory
+            assert compare(one, other, range(20)).logit < 1e-5
+        [code] = run_ranks(1, verify, "import", str(source), str(tmp_path / f"{name}-in"), "--verify")
+        assert code == 0, capfd.readouterr().out
 
 
 # ---- stories260k

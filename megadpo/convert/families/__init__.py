@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from megadpo.convert.config_json import ConfigJson
-from megadpo.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from megadpo.convert.families.deepseek_v2 import DEEPSEEK_V2
+from megadpo.convert.families.deepseek_v3 import DEEPSEEK_V3
 from megadpo.convert.families.gemma import GEMMA2, GEMMA3
 from megadpo.convert.families.gpt_oss import GPT_OSS
 from megadpo.convert.families.llama import LLAMA
@@ -40,16 +41,25 @@ def read_shape(folder: str | Path) -> ModelShape:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: give a Hugging Face model folder (config.json, safetensors)")
     config = ConfigJson(folder)
+    config.dtype()  # a wrong one would be found by the export, after the training
     known = {family.architecture: family for family in FAMILIES}
     reward = {reward_architecture(family): family for family in FAMILIES}
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in (*known, *reward):
         raise config.wrong("architectures", f"one of {', '.join(sorted(known))}, or of {', '.join(sorted(reward))}")
     if names[0] in reward:
-        if len(config.get("id2label") or range(config.get("num_labels") or 2)) != 1:
-            raise config.wrong("id2label", "one label: a reward model gives one number")
+        _require_one_label(config)
         return replace(reward[names[0]].read_shape(config), tied=False, head="scalar")
     return known[names[0]].read_shape(config)
+
+
+def _require_one_label(config: ConfigJson) -> None:
+    """id2label names the labels; num_labels counts them in configs without it; two where neither is there."""
+    field, labels = "id2label", config.get("id2label")
+    if labels is None:
+        field, labels = "num_labels", range(config.integer("num_labels", default=2))
+    if not isinstance(labels, dict | range) or len(labels) != 1:
+        raise config.wrong(field, "one label: a reward model gives one number")
 
 
 def reward_architecture(family: Family) -> str:

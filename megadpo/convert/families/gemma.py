@@ -61,13 +61,15 @@ def read_gemma2(config: ConfigJson) -> ModelShape:
 
 
 def read_gemma3(config: ConfigJson) -> ModelShape:
-    """Where layer_types is absent, every layer but each sixth (sliding_window_pattern) has a window."""
+    """Where layer_types is absent, every layer but each sixth (sliding_window_pattern) has a window.
+    transformers writes _sliding_window_pattern beside layer_types and never reads it."""
     rope, (local_theta, local_scaling) = read_rope_by_layer(config, default_theta=(1_000_000.0, 10_000.0))
     if local_scaling:
         raise config.wrong("rope_parameters", "rope_type default for sliding_attention")
     shape = read_gemma(config, "gemma3_text", rope, caps=(None, None))
-    old = "sliding_window_pattern"
-    pattern = config.integer(old if config.get(old) is not None else "_" + old, default=6)
+    if config.get("layer_types") is None and config.get("_sliding_window_pattern") is not None:
+        raise config.wrong("_sliding_window_pattern", "sliding_window_pattern without _, or layer_types")
+    pattern = config.integer("sliding_window_pattern", default=6)
     usual = tuple((layer + 1) % pattern != 0 for layer in range(shape.num_layers))
     return replace(
         shape,

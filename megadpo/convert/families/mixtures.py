@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megadpo.convert.config_json import ConfigJson
 from megadpo.convert.families.blocks import GATED_MLP, HF, LAYER, MLP, MLP_NORM
-from megadpo.convert.shape import ModelShape
+from megadpo.convert.shape import Experts, ModelShape
 from megadpo.convert.tables import Weight
 
 EXPERT = MLP + "experts.experts.{expert}."
@@ -49,6 +49,12 @@ def routed(hf: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "d
     return gated(EXPERT, hf + "experts.{expert}.", "X", gate, up, down)
 
 
+SHARED_EXPERTS = tuple(
+    replace(row, when=lambda s: s.experts is not None and s.experts.shared_ffn_hidden_size > 0)
+    for row in gated(SHARED, "mlp.shared_experts.", "S", "gate_proj", "up_proj", "down_proj")
+)
+
+
 def read_counts(config: ConfigJson, *fields: str) -> tuple[int, int]:
     """(experts, experts per token): the first of `fields` that is there gives the number of experts (versions of
     transformers spell it differently); those that are there must agree.
@@ -58,3 +64,18 @@ def read_counts(config: ConfigJson, *fields: str) -> tuple[int, int]:
     if len(set(counts)) > 1:
         raise config.wrong(given[0], f"the value of {given[1]}, or only one of the two")
     return counts[0], config.integer("num_experts_per_tok", at_most=counts[0])
+
+
+def grouped(config: ConfigJson, experts: Experts, group_score: int) -> Experts:
+    """With the groups of experts that a token is limited to."""
+    groups = config.integer("n_group", at_most=experts.count)
+    used = config.integer("topk_group", at_most=groups)
+    if experts.count % groups:
+        raise config.wrong("n_group", f"a divisor of n_routed_experts ({experts.count})")
+    size = experts.count // groups
+    if size < group_score or size * used < experts.per_token:
+        raise config.wrong(
+            "n_group",
+            f"groups of at least {group_score} experts, and num_experts_per_tok experts in topk_group of them",
+        )
+    return replace(experts, groups=groups, groups_per_token=used, group_score=group_score)

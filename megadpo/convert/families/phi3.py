@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megadpo.convert.config_json import ConfigJson
+from megadpo.convert.config_json import ConfigJson, positive
 from megadpo.convert.families.blocks import (
     ATTENTION,
     ATTENTION_NORM,
@@ -41,7 +41,7 @@ def read_shape(config: ConfigJson) -> ModelShape:
     field = "rope_parameters" if percent is not None else "partial_rotary_factor"
     percent = config.get("partial_rotary_factor") if percent is None else percent
     percent = 1.0 if percent is None else percent
-    if not isinstance(percent, int | float) or not 0 < percent <= 1 or int(shape.kv_channels * percent) % 2:
+    if not positive(percent) or percent > 1 or int(shape.kv_channels * percent) % 2:
         raise config.wrong(field, "a partial_rotary_factor over 0, at most 1, that gives an even number of channels")
     return replace(shape, rotary_percent=float(percent), window=window_everywhere(config, shape.num_layers))
 
