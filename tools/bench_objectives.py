@@ -38,6 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mix": {"parts": [{"loss_type": "dpo"}, {"loss_type": "bco"}, {"loss_type": "sft"}], "weights": [0.8, 0.2, 1.0]},
 }
 """Where the default is not for a model that is this small."""
+CONVERT = {name: "pairs_to_unpaired" for name in ("kto", "bco_unpaired", "apo_zero_unpaired")} | {
+    "sft": "pairs_to_demonstrations"
+}
+"""What the pairs become for objectives on single responses; their batches count responses."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def run_file(options: argparse.Namespace, run_dir: Path, objective: dict[str, An
     return {
         "run_dir": str(run_dir),
         "model": {"path": options.model, "dtype": "float32"},
-        "data": {"train": options.train, "eval": options.eval},
+        "data": {"train": options.train, "eval": options.eval, "convert": CONVERT.get(objective["loss_type"])},
         "objective": objective,
         "reference": {"mode": "resident"},
         "batch": {"global_batch_size": options.batch},
@@ -87,8 +91,8 @@ def measure(options: argparse.Namespace, name: str, folder: Path) -> Row:
         config = load_config(path, [])
     except ConfigError as error:
         return Row(name, settings, why=str(error).split(": ", 1)[-1])
-    if config.objective.responses == 1:
-        return Row(name, settings, why="trains on single responses, and the data are pairs")
+    if config.objective.head == "scalar":
+        return Row(name, settings, why="trains a reward model, which has no log-probabilities to measure")
     started = time.monotonic()
     try:
         command("train", str(path), *([] if config.objective.needs_reference else ["reference.mode=precomputed"]))
