@@ -1,6 +1,5 @@
 """LoRA folders: PEFT's names, Megatron's fused names, both ways to the bit, and merging."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -242,7 +241,6 @@ def test_adapter_in_a_pickle(model: Path, tmp_path: Path) -> None:
         read_peft(folder)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft: pip install peft")
 def test_peft_itself_agrees(model: Path, tmp_path: Path) -> None:
     """PEFT loads what we write, merges to what we merge, and writes what we read."""
     from peft import PeftModel
