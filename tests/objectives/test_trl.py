@@ -48,13 +48,13 @@ def one() -> Any:
     return same
 
 
-class Numbers:
-    """A model that gives each row of log-probabilities [B, L], whatever it is asked."""
+class Numbers(torch.nn.Module):
+    """A model that gives each row of log-probabilities [B, L], whatever it is asked; a module, as PEFT takes nothing else."""
 
-    training = True
     config = SimpleNamespace(num_labels=1)
 
     def __init__(self, logprob: Tensor, collision: Tensor) -> None:
+        super().__init__()
         self.logprob, self.collision = logprob, collision
 
     def __call__(self, **_: Any) -> Any:
