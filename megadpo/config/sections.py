@@ -26,6 +26,20 @@ class ModelConfig:
     """Code of the head. chunked: torch, a few rows at a time. triton: the same with kernels (not yet run on a device).
     reference: plain torch in float64 that holds the logits of a whole micro-batch, to compare with. auto: chunked.
     With triton, response sums, DPO's loss and the copies of prompts' keys and values run as kernels too."""
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """FP8 for the matrix products of attention and MLP: e4m3, or hybrid, which has e5m2 for gradients. Embedding, head,
+    norms and the attention itself stay in dtype. Needs Transformer Engine, or fp8_emulation."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 is scaled: a tensor by the largest number of the passes before (delayed) or of this one (tensorwise);
+    blocks of 128 x 128 weights and 1 x 128 activations (blockwise); every 32 numbers (mxfp8, Blackwell)."""
+    fp8_param_gather: bool = False
+    """Weights are kept in FP8 beside the optimizer's float32 masters, and gathered in FP8."""
+    first_last_layers_bf16: bool = False
+    """The first and last layers stay in bfloat16; not with the delayed recipe."""
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
+    fp8_emulation: bool = False
+    """Round the operands of the same products to FP8 and multiply in dtype: FP8's numbers on any device, slower."""
 
 
 @dataclass(frozen=True)

@@ -162,14 +162,26 @@ class ModelShape:
         """Multiplications of attention per attended pair of rows, over those of the linear layers per row; of experts,
         those that a token goes to.
         """
+        return self.pair_multiplications / self.linear_multiplications
+
+    @property
+    def pair_multiplications(self) -> float:
+        """Of attention in one layer, per pair of rows of which one attends to the other: with keys, and with values."""
+        latent = self.latent
+        if latent is None:
+            return 2 * self.num_attention_heads * self.kv_channels
+        return self.num_attention_heads * (latent.query_key_width + latent.rotary_width + latent.value_width)
+
+    @property
+    def linear_multiplications(self) -> float:
+        """Of a layer's linear layers per row, the mean over layers with and without experts; of experts, those that a
+        token goes to."""
         heads, hidden = self.num_attention_heads, self.hidden_size
         latent = self.latent
         if latent is None:
-            pair = 2 * heads * self.kv_channels
             projections = 2 * hidden * (heads + self.num_query_groups) * self.kv_channels
         else:
             head = latent.query_key_width + latent.rotary_width
-            pair = heads * (head + latent.value_width)
             rank = latent.query_rank
             projections = heads * head * hidden if rank is None else rank * (hidden + heads * head)
             projections += hidden * (latent.key_value_rank + latent.rotary_width)
@@ -180,4 +192,4 @@ class ModelShape:
             active = self.experts.per_token * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
             share = sum(self.experts.layers) / self.num_layers
             mlp = share * (active + self.experts.count / 3) + (1 - share) * mlp
-        return pair / (projections + 3 * hidden * mlp)
+        return projections + 3 * hidden * mlp

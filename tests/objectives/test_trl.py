@@ -49,7 +49,7 @@ def one() -> Any:
 
 
 class Numbers(torch.nn.Module):
-    """A model that gives each row of log-probabilities [B, L], whatever it is asked; a module, as PEFT takes nothing else."""
+    """A model that gives each row of log-probabilities [B, L], whatever it is asked. accelerate takes only modules."""
 
     config = SimpleNamespace(num_labels=1)
 
