@@ -19,7 +19,7 @@ class Collective:
     """In the group."""
     calls: int
     bytes: int
-    """Of the whole tensor that each call is about (the larger of what goes in and what comes out), summed over calls."""
+    """Of the whole tensor that a call is about (the larger of what goes in and what comes out), summed over calls."""
 
 
 @dataclass(frozen=True)
