@@ -30,8 +30,9 @@ install: .venv/installed
 demo: install
 	$(BIN)/python tools/demo.py
 
+# Two workers (pytest-xdist), a file on one of them: see tests/conftest.py. `pytest` alone runs the same in one process.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

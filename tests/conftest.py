@@ -27,6 +27,14 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test` deals to its two workers (pytest-xdist, --dist loadgroup): whole files, as they share what they
+    build; all of tests/slurm, which has one cluster."""
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "slurm" else item.path)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real data and a real small Llama that live beside the checkout; never part of the product."""
