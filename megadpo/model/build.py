@@ -22,7 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
@@ -57,7 +57,7 @@ def pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: str, recompute: str, device: torch.device
+    shape: ModelShape, parallel: ParallelConfig, model: ModelConfig, device: torch.device
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model. Every model gets its own: the schedule keeps hooks in it."""
     on_gpu, te = device.type == "cuda", mcore_fixes.have_te()
@@ -69,13 +69,13 @@ def transformer_config(
     if virtual:
         # batched p2p mixes up the two directions between 2 ranks (mcore_fixes.refuse)
         options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if recompute == "full":
+    if model.recompute == "full":
         options |= {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    elif recompute == "selective":
+    elif model.recompute == "selective":
         options["recompute_granularity"] = "selective"
     # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
     options["qk_layernorm"] = shape.norms.queries_keys == "head"
@@ -104,9 +104,9 @@ def transformer_config(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=parallel.sequence_parallel,
-        params_dtype=DTYPES[dtype],
-        pipeline_dtype=DTYPES[dtype],
-        bf16=dtype == "bfloat16",
+        params_dtype=DTYPES[model.dtype],
+        pipeline_dtype=DTYPES[model.dtype],
+        bf16=model.dtype == "bfloat16",
         perform_initialization=False,  # every parameter is read from the Hugging Face folder
         use_cpu_initialization=not on_gpu,
         # "tokens" is what the objective counts: the sum of gradients is divided once, by the global count
@@ -248,28 +248,23 @@ def mark_experts(chunk: Policy) -> None:
 
 
 def build_chunks(
-    shape: ModelShape,
-    parallel: ParallelConfig,
-    context: ParallelContext,
-    dtype: str,
-    recompute: str = "none",
-    logprob_backend: LogprobBackend = "auto",
+    shape: ModelShape, parallel: ParallelConfig, context: ParallelContext, model: ModelConfig
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    The grid fits the model (convert/fit.py). Raises MachineError where the log-probability back end cannot run on this
-    device.
+    model: how they compute; its path is not looked at. The grid fits the model (convert/fit.py). Raises MachineError
+    where the log-probability back end cannot run on this device.
     """
-    problem = triton_problem(context.device) if logprob_backend == "triton" else None
+    problem = triton_problem(context.device) if model.logprob_backend == "triton" else None
     if problem:
         raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
-    config = transformer_config(shape, parallel, dtype, recompute, context.device)
-    backend, _ = choose_backend(context.device, DTYPES[dtype], shape)
+    config = transformer_config(shape, parallel, model, context.device)
+    backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend, context, logprob_backend),
+            block_spec(config, shape, stage, backend, context, model.logprob_backend),
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,
@@ -282,7 +277,7 @@ def build_chunks(
             vp_stage=stage,
             shape=shape,
             attention=backend,
-            logprob_backend=logprob_backend,
+            logprob_backend=model.logprob_backend,
         )
         mark_tensor_parallel(chunk)
         mark_experts(chunk)

@@ -85,8 +85,7 @@ def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: 
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
-    model = config.model
-    chunks = build_chunks(shape, config.parallel, context, model.dtype, model.recompute, model.logprob_backend)
+    chunks = build_chunks(shape, config.parallel, context, config.model)
     load_hf(chunks, shape, Path(folder).expanduser())
     return chunks
 

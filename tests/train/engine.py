@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from megadpo_kernels import Backend
 
-from megadpo.config import OptimizerConfig, ParallelConfig
+from megadpo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.importer import load_hf
 from megadpo.data.mismatch import mismatched
@@ -53,6 +53,10 @@ class Case:
     logprob_backend: Backend = "auto"
 
     @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(str(self.folder), self.dtype, recompute=self.recompute, logprob_backend=self.logprob_backend)
+
+    @property
     def parallel(self) -> ParallelConfig:
         return ParallelConfig(
             tensor_model_parallel_size=self.tensor,
@@ -77,7 +81,7 @@ class Piece:
 
 def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     shape = with_head(read_shape(case.folder), case.objective.head, case.folder)
-    modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute, case.logprob_backend)
+    modules = build_chunks(shape, case.parallel, context, case.model)
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
