@@ -41,6 +41,11 @@ class ModelConfig:
     fp8_emulation: bool = False
     """Round the operands of the same products to FP8 and multiply in dtype: FP8's numbers on any device, slower."""
 
+    @property
+    def real_fp8(self) -> bool:
+        """Whether products run in FP8, not in an emulation of it."""
+        return self.fp8_format is not None and not self.fp8_emulation
+
 
 @dataclass(frozen=True)
 class ReferenceConfig:

@@ -27,6 +27,7 @@ from megadpo.convert.shape import ModelShape
 from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.experts import expert_options, use_experts
+from megadpo.model.fp8 import fp8_options, machine_problem
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
@@ -63,7 +64,7 @@ def transformer_config(
     on_gpu, te = device.type == "cuda", mcore_fixes.have_te()
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = fp8_options(model)
     if pipeline > 1:
         options["pipeline_model_parallel_layout"] = pipeline_layout(shape.num_layers, pipeline * (virtual or 1))
     if virtual:
@@ -114,8 +115,9 @@ def transformer_config(
         bias_activation_fusion=on_gpu and shape.activation == "silu",
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=on_gpu and te,
-        gradient_accumulation_fusion=on_gpu and te,
+        # our latent attention turns its queries and keys itself (model/latent.py)
+        apply_rope_fusion=on_gpu and te and shape.latent is None,
+        gradient_accumulation_fusion=on_gpu and mcore_fixes.can_fuse_gradients(),
         cuda_graph_scope=[],
         **options,
     )
@@ -247,17 +249,24 @@ def mark_experts(chunk: Policy) -> None:
                 _mark(parameter, dim=0)
 
 
+def check_machine(model: ModelConfig, device: torch.device) -> None:
+    """Raise MachineError where this device or what is installed cannot run the model as the run file says."""
+    triton = triton_problem(device) if model.logprob_backend == "triton" else None
+    if triton:
+        raise MachineError(f"model.logprob_backend = triton on {device.type}: {triton}")
+    if problem := machine_problem(model, device):
+        raise MachineError(problem)
+
+
 def build_chunks(
     shape: ModelShape, parallel: ParallelConfig, context: ParallelContext, model: ModelConfig
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    model: how they compute; its path is not looked at. The grid fits the model (convert/fit.py). Raises MachineError
-    where the log-probability back end cannot run on this device.
+    model: how they compute; its path is not looked at. The grid fits the model (convert/fit.py). Raises MachineError,
+    see `check_machine`.
     """
-    problem = triton_problem(context.device) if model.logprob_backend == "triton" else None
-    if problem:
-        raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
+    check_machine(model, context.device)
     config = transformer_config(shape, parallel, model, context.device)
     backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []

@@ -18,7 +18,7 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.attention import choose_backend
-from megadpo.model.build import DTYPES, build_chunks
+from megadpo.model.build import DTYPES, build_chunks, check_machine
 from megadpo.model.policy import Policy
 from megadpo.objectives.names import title
 from megadpo.observe.log import RunLog
@@ -42,6 +42,7 @@ def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    check_machine(config.model, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True)
     run_dir = Path(config.run_dir).expanduser()
     length = run_length(config, len(inputs.train))
@@ -222,6 +223,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
         raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size, kl)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    check_machine(config.model, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
     with (
         grid(config.parallel, device, config.seed) as context,
