@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megadpo.config import Config, ModelConfig, ParallelConfig
+from megadpo.config import Config, ModelConfig, ParallelConfig, ReferenceConfig
 from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.names import name_of
 
@@ -32,6 +32,7 @@ def problems(config: Config) -> list[str]:
         *_combinations(config),
         *_fp8(config),
         *_objective(config),
+        *_reference(config),
         *_kinds(config),
     ]
 
@@ -42,11 +43,16 @@ def _objective(config: Config) -> list[str]:
     found = objective.problems()
     if found:
         return found  # a mix with a wrong part may not be able to say what it needs
-    name = name_of(objective)
-    if objective.needs & {"reference_N", "kl_N"} and config.reference.mode != "resident":
+    name, mode = name_of(objective), config.reference.mode
+    if objective.needs & {"reference_N", "kl_N"} and mode == "precomputed":
         found.append(
-            f"reference.mode = {config.reference.mode}: objective.loss_type {name} looks at single tokens and the "
+            f"reference.mode = {mode}: objective.loss_type {name} looks at single tokens and the "
             "stored column has one number per response; set reference.mode: resident"
+        )
+    if "kl_N" in objective.needs and mode == "swapped":
+        found.append(
+            f"reference.mode = swapped: objective.loss_type {name} compares whole distributions, for which the "
+            "reference's head must be there in every step; set reference.mode: resident"
         )
     if "kl_N" in objective.needs and config.model.logprob_backend == "triton":
         found.append(
@@ -56,10 +62,27 @@ def _objective(config: Config) -> list[str]:
     return found
 
 
+def _reference(config: Config) -> list[str]:
+    """Settings of one mode of the reference given with another."""
+    reference, found = config.reference, []
+    if reference.fp8_weights and reference.mode != "resident":
+        found.append(
+            f"reference.fp8_weights = true: is for reference.mode = resident and this is {reference.mode}, which takes "
+            "little of the device's memory anyway; leave one out"
+        )
+    if reference.swap_steps != ReferenceConfig().swap_steps and reference.mode != "swapped":
+        found.append(
+            f"reference.swap_steps = {reference.swap_steps}: is for reference.mode = swapped and this is "
+            f"{reference.mode}; leave it out"
+        )
+    return found
+
+
 def unused_reference(config: Config) -> list[str]:
     """Settings of a reference that nothing would look at. `megadpo eval --kl` does for every objective, so that this is
     no rule of the run file alone."""
-    given = {"path": config.reference.path, "mode": "resident" if config.reference.mode == "resident" else None}
+    mode = config.reference.mode
+    given = {"path": config.reference.path, "mode": None if mode == "precomputed" else mode}
     return [
         f"reference.{name} = {value}: objective.loss_type {name_of(config.objective)} has no reference and would load "
         "none; leave it out (or choose another objective.loss_type)"
@@ -107,6 +130,7 @@ def _sizes(config: Config) -> list[str]:
         ("train.save_total_limit", train.save_total_limit, 1),
         ("train.max_skipped", train.max_skipped, 0),
         ("reference.check_groups", config.reference.check_groups, 0),
+        ("reference.swap_steps", config.reference.swap_steps, 1),
         ("model.num_layers_at_start_in_bf16", config.model.num_layers_at_start_in_bf16, 0),
         ("model.num_layers_at_end_in_bf16", config.model.num_layers_at_end_in_bf16, 0),
         ("seed", config.seed, 0),

@@ -28,6 +28,7 @@ from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.experts import expert_options, use_experts
 from megadpo.model.fp8 import fp8_options, machine_problem
+from megadpo.model.fp8_weights import hold_linear_layers
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
@@ -151,7 +152,7 @@ def block_spec(
     attention_backend: Backend,
     context: ParallelContext,
     kernels: LogprobBackend = "auto",
-) -> TransformerBlockSubmodules | ModuleSpec:
+) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     te = mcore_fixes.have_te()
     first = get_transformer_layer_offset(config, vp_stage=stage)
@@ -218,10 +219,11 @@ def mark_tensor_parallel(chunk: Policy) -> None:
     """Say which weights are split over tensor-parallel ranks. Megatron-Core marks them while it initialises them, which
     is off here; unmarked, they would be taken for replicas and left out of the gradient norm on all ranks but one."""
     for module in chunk.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            _mark(module.weight, dim=0)
-        elif isinstance(module, RowParallelLinear):
-            _mark(module.weight, dim=1)
+        weight = getattr(module, "weight", None)  # held in FP8 there is none
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and weight is not None:
+            _mark(weight, dim=0)
+        elif isinstance(module, RowParallelLinear) and weight is not None:
+            _mark(weight, dim=1)
         elif isinstance(module, ProjectionNorm):
             _mark(module.weight, dim=0)
         elif isinstance(module, SegmentAttention) and module.softmax_offset is not None:
@@ -259,21 +261,29 @@ def check_machine(model: ModelConfig, device: torch.device) -> None:
 
 
 def build_chunks(
-    shape: ModelShape, parallel: ParallelConfig, context: ParallelContext, model: ModelConfig
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    model: ModelConfig,
+    held_in_fp8: bool = False,
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    model: how they compute; its path is not looked at. The grid fits the model (convert/fit.py). Raises MachineError,
-    see `check_machine`.
+    model: how they compute; its path is not looked at. held_in_fp8: see model/fp8_weights.py. The grid fits the model
+    (convert/fit.py). Raises MachineError, see `check_machine`.
     """
     check_machine(model, context.device)
     config = transformer_config(shape, parallel, model, context.device)
     backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
+        spec = block_spec(config, shape, stage, backend, context, model.logprob_backend)
+        if held_in_fp8:
+            for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # several share one
+                hold_linear_layers(layer)
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend, context, model.logprob_backend),
+            spec,
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,

@@ -36,6 +36,16 @@ def fp8_options(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def precision(model: ModelConfig) -> str:
+    """What passes without a gradient compute in, in words; equal words, equal numbers. Hybrid and e4m3 differ in
+    gradients alone; delayed scaling is for training alone (`learning_nothing`)."""
+    if model.fp8_format is None or model.fp8_recipe == "delayed":
+        return model.dtype
+    kept = (model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16)
+    layers = f" but {kept[0]} and {kept[1]} layers" if model.first_last_layers_bf16 else ""
+    return f"{model.dtype}, fp8 {model.fp8_recipe}{layers}{', emulated' if model.fp8_emulation else ''}"
+
+
 def machine_problem(model: ModelConfig, device: torch.device) -> str | None:
     """What keeps this machine from the FP8 that the run file asks for; None: nothing, or nothing is asked for."""
     if not model.real_fp8:

@@ -19,7 +19,9 @@ from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.attention import choose_backend
 from megadpo.model.build import DTYPES, build_chunks, check_machine
+from megadpo.model.fp8 import precision
 from megadpo.model.policy import Policy
+from megadpo.model.reference import build_reference
 from megadpo.objectives.names import title
 from megadpo.observe.log import RunLog
 from megadpo.observe.versions import package_warnings, versions
@@ -101,7 +103,7 @@ def _with_reference(
     log: RunLog,
     always: bool = False,
 ) -> tuple[list[Scored], list[Policy] | None]:
-    """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
+    """The streams with the reference's log-probabilities, or a resident or swapped reference, as the run file says.
 
     counts: of each stream, how many groups of it the run takes; None: every one once. The policy has its initial
     weights here, so it serves as its own reference where no other is named. always: for objectives that need none, too.
@@ -109,7 +111,7 @@ def _with_reference(
     others = mismatched_streams(config, streams, counts)
     if not config.objective.needs_reference and not always:
         return [Scored(stream, None) for stream in streams], None
-    if config.reference.mode == "resident":
+    if config.reference.mode != "precomputed":
         scored = [
             Scored(stream, None, None if other is None else Scored(other, None))
             for stream, other in zip(streams, others, strict=False)
@@ -129,9 +131,9 @@ def _with_reference(
 
 def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
     """A second model in the policy's own layout, frozen."""
-    chunks = _load(config, inputs.reference_shape, config.reference.path or config.model.path, context)
-    for chunk in chunks:
-        chunk.eval().requires_grad_(False)
+    shape, reference = inputs.reference_shape, config.reference
+    chunks = build_reference(shape, config.parallel, context, config.model, reference.fp8_weights)
+    load_hf(chunks, shape, Path(reference.path or config.model.path).expanduser())
     return chunks
 
 
@@ -146,7 +148,7 @@ def _scored(
 ) -> Scored:
     """The stream with the reference's log-probabilities of `groups`, as far as they are not known yet."""
     store = stream.store
-    digest = reference_digest(weights, store.digest, config.model.dtype)
+    digest = reference_digest(weights, store.digest, precision(config.model))
     per_pass = groups_per_pass(config)
     column = stored_column(store, digest, context)
     is_known = known_groups(column, stream)[groups]
