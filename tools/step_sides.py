@@ -111,7 +111,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     folder, parallel = Path(work.model), ParallelConfig(data_parallel_size=work.ranks)
     config = Config(
         run_dir="",
-        model=ModelConfig(work.model),
+        model=ModelConfig(work.model, "float32"),
         data=DataConfig(()),
         parallel=parallel,
         batch=BatchConfig(work.batch, work.micro, share_prompt=work.side == "shared"),
@@ -120,7 +120,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     device = join_world(work.rank, work.ranks, 0, work.rendezvous)
     with grid(parallel, device, seed=0) as context:
         shape = read_shape(folder)
-        modules = build_chunks(shape, parallel, context, "float32")
+        modules = build_chunks(shape, parallel, context, config.model)
         load_hf(modules, shape, folder)
         chunks = wrap(modules, parallel)
         state = TrainState(chunks, build_optimizer(chunks, config.optimizer, parallel))

@@ -257,7 +257,7 @@ def load_weights(modules: list[Any], folder: Path) -> Saved:
     """Fill only the model chunks, as evaluation needs it; every rank calls it."""
     _refuse_damaged(folder)
     saved = read_state(folder)
-    sharded = {f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(modules)}
+    sharded = _model(modules)
     loaded = _read(sharded, folder, "give another checkpoint, or the model that it was trained from")
     for i, module in enumerate(modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)
@@ -310,9 +310,17 @@ def _read(sharded: dict[str, Any], folder: Path, advice: str) -> dict[str, Any]:
         ) from error
 
 
+def _model(modules: list[Any]) -> dict[str, Any]:
+    """Weights and buffers. Not what Transformer Engine calls extra state, the scales of delayed FP8: it is a pickle,
+    which loading would run (pytorch/module/base.py: set_extra_state)."""
+    every = {f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(modules)}
+    return {
+        chunk: {key: entry for key, entry in entries.items() if "._extra_state" not in key}
+        for chunk, entries in every.items()
+    }
+
+
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
     """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
-    modules = {
-        f"model{i}": module.sharded_state_dict(metadata=dict(METADATA)) for i, module in enumerate(state.modules)
-    }
+    modules = _model(state.modules)
     return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=dict(METADATA))}

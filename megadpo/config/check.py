@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megadpo.config import Config, ParallelConfig
+from megadpo.config import Config, ModelConfig, ParallelConfig, ReferenceConfig
 from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.names import name_of
 
@@ -30,7 +30,9 @@ def problems(config: Config) -> list[str]:
         *_paths(config),
         *_secrets(config),
         *_combinations(config),
+        *_fp8(config),
         *_objective(config),
+        *_reference(config),
         *_kinds(config),
     ]
 
@@ -41,11 +43,16 @@ def _objective(config: Config) -> list[str]:
     found = objective.problems()
     if found:
         return found  # a mix with a wrong part may not be able to say what it needs
-    name = name_of(objective)
-    if objective.needs & {"reference_N", "kl_N"} and config.reference.mode != "resident":
+    name, mode = name_of(objective), config.reference.mode
+    if objective.needs & {"reference_N", "kl_N"} and mode == "precomputed":
         found.append(
-            f"reference.mode = {config.reference.mode}: objective.loss_type {name} looks at single tokens and the "
+            f"reference.mode = {mode}: objective.loss_type {name} looks at single tokens and the "
             "stored column has one number per response; set reference.mode: resident"
+        )
+    if "kl_N" in objective.needs and mode == "swapped":
+        found.append(
+            f"reference.mode = swapped: objective.loss_type {name} compares whole distributions, for which the "
+            "reference's head must be there in every step; set reference.mode: resident"
         )
     if "kl_N" in objective.needs and config.model.logprob_backend == "triton":
         found.append(
@@ -55,10 +62,27 @@ def _objective(config: Config) -> list[str]:
     return found
 
 
+def _reference(config: Config) -> list[str]:
+    """Settings of one mode of the reference given with another."""
+    reference, found = config.reference, []
+    if reference.fp8_weights and reference.mode != "resident":
+        found.append(
+            f"reference.fp8_weights = true: is for reference.mode = resident and this is {reference.mode}, which takes "
+            "little of the device's memory anyway; leave one out"
+        )
+    if reference.swap_steps != ReferenceConfig().swap_steps and reference.mode != "swapped":
+        found.append(
+            f"reference.swap_steps = {reference.swap_steps}: is for reference.mode = swapped and this is "
+            f"{reference.mode}; leave it out"
+        )
+    return found
+
+
 def unused_reference(config: Config) -> list[str]:
     """Settings of a reference that nothing would look at. `megadpo eval --kl` does for every objective, so that this is
     no rule of the run file alone."""
-    given = {"path": config.reference.path, "mode": "resident" if config.reference.mode == "resident" else None}
+    mode = config.reference.mode
+    given = {"path": config.reference.path, "mode": None if mode == "precomputed" else mode}
     return [
         f"reference.{name} = {value}: objective.loss_type {name_of(config.objective)} has no reference and would load "
         "none; leave it out (or choose another objective.loss_type)"
@@ -106,6 +130,9 @@ def _sizes(config: Config) -> list[str]:
         ("train.save_total_limit", train.save_total_limit, 1),
         ("train.max_skipped", train.max_skipped, 0),
         ("reference.check_groups", config.reference.check_groups, 0),
+        ("reference.swap_steps", config.reference.swap_steps, 1),
+        ("model.num_layers_at_start_in_bf16", config.model.num_layers_at_start_in_bf16, 0),
+        ("model.num_layers_at_end_in_bf16", config.model.num_layers_at_end_in_bf16, 0),
         ("seed", config.seed, 0),
     ]
     found = [
@@ -236,6 +263,74 @@ def _combinations(config: Config) -> list[str]:
     if config.log.wandb_mode == "offline" and config.log.wandb_project is None:
         found.append("log.wandb_mode = offline: does nothing without log.wandb_project; name a project or leave it out")
     return found
+
+
+def _fp8(config: Config) -> list[str]:
+    """What FP8's settings need of each other and of the rest."""
+    model, grid = config.model, config.parallel
+    plain = ModelConfig("")
+    names = ["fp8_recipe", "fp8_param_gather", "first_last_layers_bf16", "fp8_emulation"]
+    names += ["num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"]
+    given = {name: _written(getattr(model, name)) for name in names if getattr(model, name) != getattr(plain, name)}
+    if model.fp8_format is None:
+        return [
+            f"model.{name} = {value}: does nothing without model.fp8_format; set that to hybrid or e4m3, or leave "
+            "this out"
+            for name, value in given.items()
+        ]
+    found = []
+    if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
+        found.append(
+            "model.first_last_layers_bf16 = true: not with model.fp8_recipe = delayed, whose scales are kept for all "
+            "layers at once; use tensorwise, blockwise or mxfp8, or leave this out"
+        )
+    if not model.first_last_layers_bf16:
+        found += [
+            f"model.{name} = {value}: does nothing without model.first_last_layers_bf16; set that to true, or leave "
+            "this out"
+            for name, value in given.items()
+            if name.startswith("num_layers")
+        ]
+    if model.dtype != "bfloat16" and model.real_fp8:
+        found.append(f"model.dtype = {model.dtype}: model.fp8_format needs bfloat16 beside it (except emulated)")
+    if model.fp8_param_gather and model.fp8_emulation:
+        found.append(
+            "model.fp8_param_gather = true: not with model.fp8_emulation, which keeps weights in model.dtype; leave "
+            "one out"
+        )
+    if model.fp8_param_gather and not grid.use_distributed_optimizer:
+        found.append(
+            "model.fp8_param_gather = true: needs parallel.use_distributed_optimizer = true, which keeps the float32 "
+            "masters; set it, or leave this out"
+        )
+    if model.fp8_param_gather and model.fp8_recipe == "mxfp8" and grid.overlap_param_gather:
+        found.append(
+            "parallel.overlap_param_gather = true: not with model.fp8_param_gather and mxfp8, whose weights travel in "
+            "the gradients' buffer, which a step clears first; leave one out"
+        )
+    rows = row_multiple(model, grid)
+    if (config.batch.micro_batch_tokens or 0) % rows:
+        found.append(
+            f"batch.micro_batch_tokens = {config.batch.micro_batch_tokens}: must be a multiple of {rows} for "
+            f"model.fp8_recipe = {model.fp8_recipe} on this grid"
+        )
+    return found
+
+
+def _written(value: object) -> object:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""Rows of a matrix that FP8 products come in: cuBLAS wants 16 along every axis that is summed over, MXFP8's scales
+stand for 32 rows, and Transformer Engine gathers in FP8 what is whole blocks of 128 (Float8BlockQuantizer)."""
+
+
+def row_multiple(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """What the rows of a stream must be a multiple of: every tensor-parallel rank holds as many under sequence
+    parallelism, and FP8 wants whole blocks of what it holds."""
+    ranks = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return ranks * (FP8_ROWS[model.fp8_recipe] if model.real_fp8 else 1)
 
 
 def check_grid(

@@ -41,18 +41,29 @@ class ModelConfig:
     fp8_emulation: bool = False
     """Round the operands of the same products to FP8 and multiply in dtype: FP8's numbers on any device, slower."""
 
+    @property
+    def real_fp8(self) -> bool:
+        """Whether products run in FP8, not in an emulation of it."""
+        return self.fp8_format is not None and not self.fp8_emulation
+
 
 @dataclass(frozen=True)
 class ReferenceConfig:
     """The frozen model that the objective compares with. Objectives that need none never load it, and a
     run of theirs with these settings is refused."""
 
-    mode: Literal["precomputed", "resident"] = "precomputed"
-    """precomputed: one pass before training, kept on disk. resident: a second model beside the policy."""
+    mode: Literal["precomputed", "resident", "swapped"] = "precomputed"
+    """precomputed: one pass before training, kept on disk. resident: a second model beside the policy. swapped: one in
+    host memory that comes to the device every swap_steps steps, for a pass over what these train on."""
     path: str | None = None
     """Hugging Face folder; the policy's own initial weights where not given."""
     check_groups: int = 8
     """At every start so many groups of a precomputed column are computed again and compared."""
+    fp8_weights: bool = False
+    """A resident reference's linear layers are kept in FP8 and nothing else: half the memory of bfloat16. Embedding,
+    head and norms stay in model.dtype."""
+    swap_steps: int = 8
+    """Steps that one visit of a swapped reference is for."""
 
 
 @dataclass(frozen=True)

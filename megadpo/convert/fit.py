@@ -1,8 +1,9 @@
-"""Whether a model with experts, latent attention or norms over all heads fits a grid; the rest: config/check.py."""
+"""Whether a model with experts, latent attention or norms over all heads fits a grid, and any model FP8 on it; the
+rest: config/check.py."""
 
 from __future__ import annotations
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.shape import Experts, ModelShape
 
 
@@ -34,6 +35,64 @@ def misfits(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
             if size % tensor
         ]
     return found
+
+
+FP8_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+"""What every width of a matrix must be a multiple of, on each rank (transformer_engine/pytorch/utils.py:
+assert_dim_for_fp8_exec, MXFP8Quantizer.is_quantizable; cublaslt_gemm.cu for the widths that are summed over)."""
+
+
+def fp8_misfits(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Lines on the sizes of a model, split over this grid, that FP8 cannot multiply, and on layers in bf16.
+
+    An emulation takes any size.
+    """
+    if not model.real_fp8:
+        return []
+    unit = FP8_WIDTHS[model.fp8_recipe]
+    found = [
+        f"model.fp8_recipe = {model.fp8_recipe}: {name} is {size} on each rank and must be a multiple of {unit}; "
+        "change parallel.tensor_model_parallel_size, or leave model.fp8_format out"
+        for name, size in _widths(shape, parallel).items()
+        if size % unit
+    ]
+    if model.first_last_layers_bf16:
+        most = shape.num_layers // parallel.pipeline_model_parallel_size
+        found += [
+            f"model.{name} = {count}: must be at most {most}, the layers of a pipeline stage"
+            for name, count in (
+                ("num_layers_at_start_in_bf16", model.num_layers_at_start_in_bf16),
+                ("num_layers_at_end_in_bf16", model.num_layers_at_end_in_bf16),
+            )
+            if count > most
+        ]
+    return found
+
+
+def _widths(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
+    """Rows and columns of the linear layers' weights on one rank, by name; once each."""
+    tensor = parallel.tensor_model_parallel_size
+    widths = {"the hidden size": shape.hidden_size}
+    if latent := shape.latent:
+        width = latent.query_key_width + latent.rotary_width
+        widths["the queries' low rank"] = latent.query_rank or 0
+        widths["the keys' and values' low rank"] = latent.key_value_rank
+        widths["the keys' and values' low rank with the rotary width"] = latent.key_value_rank + latent.rotary_width
+        widths["the queries"] = shape.num_attention_heads * width // tensor
+        both = latent.query_key_width + latent.value_width
+        widths["the keys and values"] = shape.num_attention_heads * both // tensor
+        widths["attention's output"] = shape.num_attention_heads * latent.value_width // tensor
+    else:
+        heads, groups = shape.num_attention_heads, shape.num_query_groups
+        widths["attention's output"] = heads * shape.kv_channels // tensor
+        widths["the joint q, k, v projection"] = (heads + 2 * groups) * shape.kv_channels // tensor
+    if shape.experts is None or not all(shape.experts.layers):
+        widths["the MLP"] = shape.ffn_hidden_size // tensor
+    if experts := shape.experts:
+        split = tensor if parallel.expert_model_parallel_size == 1 else 1
+        widths["an expert"] = experts.ffn_hidden_size // split
+        widths["the shared experts"] = experts.shared_ffn_hidden_size // tensor
+    return widths
 
 
 def _expert_misfits(experts: Experts, dealt: int, tensor: int) -> list[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +50,22 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
     half filled. The head of a new reward model begins with zeros: every reward is 0.
     """
     tensors = megatron_tensors(shape)
-    pieces = [piece for chunk in model_chunks for piece in _pieces(chunk)]
+    entries = [entry for chunk in model_chunks for entry in _entries(chunk)]
+    pieces = [piece for entry in entries for piece in _pieces(_nowhere(entry))]
     unknown = sorted({piece.key for piece in pieces} - tensors.keys())
     if unknown:
         raise KeyError(f"the table of family {shape.family} has no row for the parameters {unknown}")
     for piece in pieces:
         _same_size(piece, tensors[piece.key])
     fill_piece = _reader(shape, folder, tensors, pieces)
-    for piece in pieces:
-        if shape.head == "new scalar" and piece.key == HEAD:
-            piece.data.zero_()
-        else:
-            fill_piece(piece)
-    filled = sum(piece.data.numel() for piece in pieces if not tensors[piece.key].float32)  # those are buffers
+    for entry in entries:
+        with _plain(entry) as there:
+            for piece in _pieces(there):
+                if shape.head == "new scalar" and piece.key == HEAD:
+                    piece.data.zero_()
+                else:
+                    fill_piece(piece)
+    filled = sum(entry.data.numel() for entry in entries if not _is_buffer(entry, tensors))
     owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
     if filled != owned:
         raise KeyError(f"{owned - filled} of {owned} parameters are not in the model's sharded_state_dict")
@@ -93,15 +98,49 @@ def _in_files(shape: ModelShape) -> dict[str, MegatronTensor]:
     return {key: t for key, t in tensors.items() if shape.head != "new scalar" or key != HEAD}
 
 
-def _pieces(chunk: Any) -> Iterator[Any]:
-    """This chunk's parameters as Megatron-Core's ShardedTensor: key, place in the whole, view of the data."""
+def _entries(chunk: Any) -> list[Any]:
+    """This chunk's parameters as Megatron-Core describes them."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    for entry in chunk.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
-        if isinstance(entry, ShardedTensorFactory):  # a gated fc1: gate and up apart
-            yield from entry.build()
-        elif isinstance(entry, ShardedTensor):
-            yield entry
+    every = chunk.sharded_state_dict(metadata={"singleton_local_shards": True}).values()
+    return [entry for entry in every if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+
+
+def _pieces(entry: Any) -> list[Any]:
+    """A parameter as Megatron-Core's ShardedTensors: key, place in the whole, view of the data."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    return entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]  # a gated fc1: gate and up apart
+
+
+def _nowhere(entry: Any) -> Any:
+    """The entry without its data, to look at places and sizes."""
+    return replace(entry, data=torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta"))
+
+
+@contextmanager
+def _plain(entry: Any) -> Iterator[Any]:
+    """The entry with data that can be written in place. Weights that are held in FP8 alone, ours or Transformer
+    Engine's, take what was written at the end; so only one of them is there in the model's dtype."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    held = getattr(entry.data, "held", None)
+    if held is None and not is_float8tensor(entry.data):
+        yield entry
+        return
+    plain = torch.empty(entry.data.shape, dtype=entry.data.dtype)
+    yield replace(entry, data=plain)
+    if held is not None:
+        held.hold(plain)
+        return
+    entry.data.copy_(plain.to(entry.data.device))
+    if hasattr(entry.data, "_high_precision_init_val"):  # what the optimizer makes its masters of
+        entry.data._high_precision_init_val = plain
+
+
+def _is_buffer(entry: Any, tensors: dict[str, MegatronTensor]) -> bool:
+    """Whether it is none of the module's parameters."""
+    return hasattr(entry.data, "held") or any(tensors[piece.key].float32 for piece in _pieces(_nowhere(entry)))
 
 
 def _same_size(piece: Any, tensor: MegatronTensor) -> None:

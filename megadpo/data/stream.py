@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from megadpo.config import BatchConfig, Config
+from megadpo.config.check import row_multiple
 from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
 from megadpo.data.mismatch import MismatchedStore, mismatched
 from megadpo.data.packing import Bin, Budget, deal, take
@@ -140,7 +141,7 @@ def open_streams(
     """
     grid = config.parallel
     pipeline, virtual = grid.pipeline_model_parallel_size, grid.virtual_pipeline_model_parallel_size
-    multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
+    multiple_of = row_multiple(config.model, grid)
     scalar = config.objective.head == "scalar"
     budget = choose_budget(stores, ranks, pipeline, multiple_of, config.batch, scalar)
     return [
@@ -172,7 +173,8 @@ def choose_budget(
 
     Chosen: a rank's share of a step, cut into 2 micro-batches per pipeline stage so that the pipeline fills, with an
     eighth of room for packing; at least the longest group, at most 8192 unless that is longer. Rounded up to
-    `multiple_of` (sequence parallelism splits the stream). Raises ConfigError where a group is longer than asked.
+    `multiple_of` (sequence parallelism splits the stream, FP8 takes rows by the block). Raises ConfigError where a
+    group is longer than asked.
     """
     asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
     tokens = [stream_tokens(store, batch.share_prompt, scalar) for store in stores]
@@ -180,8 +182,9 @@ def choose_budget(
     if asked is not None:
         if asked % multiple_of:
             raise ConfigError(
-                f"batch.micro_batch_tokens = {asked}: must be a multiple of {multiple_of} (sequence parallelism "
-                f"splits the stream over the tensor-parallel ranks); {_round_up(asked, multiple_of)} would do"
+                f"batch.micro_batch_tokens = {asked}: must be a multiple of {multiple_of} (sequence parallelism splits "
+                "the stream over the tensor-parallel ranks, FP8 takes rows by the block); "
+                f"{_round_up(asked, multiple_of)} would do"
             )
         if longest > asked:
             raise ConfigError(

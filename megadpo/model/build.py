@@ -22,11 +22,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.experts import expert_options, use_experts
+from megadpo.model.fp8 import fp8_options, machine_problem
+from megadpo.model.fp8_weights import hold_linear_layers
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
@@ -57,25 +59,25 @@ def pipeline_layout(num_layers: int, stages: int) -> list[list[str]]:
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: str, recompute: str, device: torch.device
+    shape: ModelShape, parallel: ParallelConfig, model: ModelConfig, device: torch.device
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model. Every model gets its own: the schedule keeps hooks in it."""
     on_gpu, te = device.type == "cuda", mcore_fixes.have_te()
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = fp8_options(model)
     if pipeline > 1:
         options["pipeline_model_parallel_layout"] = pipeline_layout(shape.num_layers, pipeline * (virtual or 1))
     if virtual:
         # batched p2p mixes up the two directions between 2 ranks (mcore_fixes.refuse)
         options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if recompute == "full":
+    if model.recompute == "full":
         options |= {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
-    elif recompute == "selective":
+    elif model.recompute == "selective":
         options["recompute_granularity"] = "selective"
     # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
     options["qk_layernorm"] = shape.norms.queries_keys == "head"
@@ -104,9 +106,9 @@ def transformer_config(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=parallel.sequence_parallel,
-        params_dtype=DTYPES[dtype],
-        pipeline_dtype=DTYPES[dtype],
-        bf16=dtype == "bfloat16",
+        params_dtype=DTYPES[model.dtype],
+        pipeline_dtype=DTYPES[model.dtype],
+        bf16=model.dtype == "bfloat16",
         perform_initialization=False,  # every parameter is read from the Hugging Face folder
         use_cpu_initialization=not on_gpu,
         # "tokens" is what the objective counts: the sum of gradients is divided once, by the global count
@@ -114,8 +116,9 @@ def transformer_config(
         bias_activation_fusion=on_gpu and shape.activation == "silu",
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=on_gpu and te,
-        gradient_accumulation_fusion=on_gpu and te,
+        # our latent attention turns its queries and keys itself (model/latent.py)
+        apply_rope_fusion=on_gpu and te and shape.latent is None,
+        gradient_accumulation_fusion=on_gpu and mcore_fixes.can_fuse_gradients(),
         cuda_graph_scope=[],
         **options,
     )
@@ -149,7 +152,7 @@ def block_spec(
     attention_backend: Backend,
     context: ParallelContext,
     kernels: LogprobBackend = "auto",
-) -> TransformerBlockSubmodules | ModuleSpec:
+) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
     te = mcore_fixes.have_te()
     first = get_transformer_layer_offset(config, vp_stage=stage)
@@ -216,10 +219,11 @@ def mark_tensor_parallel(chunk: Policy) -> None:
     """Say which weights are split over tensor-parallel ranks. Megatron-Core marks them while it initialises them, which
     is off here; unmarked, they would be taken for replicas and left out of the gradient norm on all ranks but one."""
     for module in chunk.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            _mark(module.weight, dim=0)
-        elif isinstance(module, RowParallelLinear):
-            _mark(module.weight, dim=1)
+        weight = getattr(module, "weight", None)  # held in FP8 there is none
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and weight is not None:
+            _mark(weight, dim=0)
+        elif isinstance(module, RowParallelLinear) and weight is not None:
+            _mark(weight, dim=1)
         elif isinstance(module, ProjectionNorm):
             _mark(module.weight, dim=0)
         elif isinstance(module, SegmentAttention) and module.softmax_offset is not None:
@@ -247,29 +251,39 @@ def mark_experts(chunk: Policy) -> None:
                 _mark(parameter, dim=0)
 
 
+def check_machine(model: ModelConfig, device: torch.device) -> None:
+    """Raise MachineError where this device or what is installed cannot run the model as the run file says."""
+    triton = triton_problem(device) if model.logprob_backend == "triton" else None
+    if triton:
+        raise MachineError(f"model.logprob_backend = triton on {device.type}: {triton}")
+    if problem := machine_problem(model, device):
+        raise MachineError(problem)
+
+
 def build_chunks(
     shape: ModelShape,
     parallel: ParallelConfig,
     context: ParallelContext,
-    dtype: str,
-    recompute: str = "none",
-    logprob_backend: LogprobBackend = "auto",
+    model: ModelConfig,
+    held_in_fp8: bool = False,
 ) -> list[Policy]:
     """This rank's model chunks (one without interleaving), on its device, parameters not yet filled.
 
-    The grid fits the model (convert/fit.py). Raises MachineError where the log-probability back end cannot run on this
-    device.
+    model: how they compute; its path is not looked at. held_in_fp8: see model/fp8_weights.py. The grid fits the model
+    (convert/fit.py). Raises MachineError, see `check_machine`.
     """
-    problem = triton_problem(context.device) if logprob_backend == "triton" else None
-    if problem:
-        raise MachineError(f"model.logprob_backend = triton on {context.device.type}: {problem}")
-    config = transformer_config(shape, parallel, dtype, recompute, context.device)
-    backend, _ = choose_backend(context.device, DTYPES[dtype], shape)
+    check_machine(model, context.device)
+    config = transformer_config(shape, parallel, model, context.device)
+    backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
+        spec = block_spec(config, shape, stage, backend, context, model.logprob_backend)
+        if held_in_fp8:
+            for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # several share one
+                hold_linear_layers(layer)
         chunk = Policy(
             config,
-            block_spec(config, shape, stage, backend, context, logprob_backend),
+            spec,
             vocab_size=padded_vocab(shape.vocab_size, context.tensor_size),
             max_sequence_length=shape.max_position_embeddings,
             pre_process=first,
@@ -282,7 +296,7 @@ def build_chunks(
             vp_stage=stage,
             shape=shape,
             attention=backend,
-            logprob_backend=logprob_backend,
+            logprob_backend=model.logprob_backend,
         )
         mark_tensor_parallel(chunk)
         mark_experts(chunk)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch, Segment
@@ -35,7 +35,7 @@ def folder_logits(
         device = join_world(0, 1, 0, f"file://{meeting}/rendezvous")
         try:
             with grid(ParallelConfig(), device, 0) as context:
-                chunks = build_chunks(shape, ParallelConfig(), context, "float32")
+                chunks = build_chunks(shape, ParallelConfig(), context, ModelConfig(str(weights), "float32"))
                 load_hf(chunks, shape, weights)
                 for weight in chunks[0].parameters():
                     weight.data.copy_(weight.data.to(dtype or weight.dtype))

@@ -15,6 +15,8 @@ They are not faults of the CPU: the same code runs on GPUs. Each guard is shown 
 * Without TE, routers call a kernel of it that is not there (moe_utils.py): `route_without_te`.
 * Without TE, latent attention compares layers with TE's classes, which are None (multi_latent_attention.py):
   `latent_without_te`.
+* With TE and without Apex, heads refuse fused gradients, which are TE's layers' to make (tensor_parallel/layers.py):
+  `fuse_with_te`.
 * Weights that are not initialised are not marked as split and miss in the gradient norm (tensor_parallel/layers.py):
   `model.build.mark_tensor_parallel`.
 * Experts' biases are summed over tensor-parallel ranks under sequence parallelism, though each rank has other experts
@@ -45,6 +47,7 @@ def install() -> None:
     stateless_step_adam()
     route_without_te()
     latent_without_te()
+    fuse_with_te()
 
 
 def have_te() -> bool:
@@ -52,6 +55,23 @@ def have_te() -> bool:
     from megatron.core.extensions import transformer_engine
 
     return bool(transformer_engine.HAVE_TE)
+
+
+def can_fuse_gradients() -> bool:
+    """Whether the layers can add weight gradients to the float32 buffer inside the product: TE's own, or, without TE,
+    Megatron-Core's by an extension of Apex."""
+    from megatron.core.tensor_parallel import layers
+
+    return have_te() or bool(layers._grad_accum_fusion_available)
+
+
+def fuse_with_te() -> None:
+    """ColumnParallelLinear raises where gradient accumulation is to be fused and Apex is not there, though with TE's
+    layers the only one left is the head, which never runs that code: ours adds to the buffer by its own kernels."""
+    from megatron.core.tensor_parallel import layers
+
+    if have_te():
+        layers._grad_accum_fusion_available = True
 
 
 def refuse(config: TransformerConfig) -> None:

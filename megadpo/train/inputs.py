@@ -13,7 +13,7 @@ import numpy as np
 from megadpo.config import Config
 from megadpo.config.check import check_grid, unused_reference
 from megadpo.convert.families import read_shape, with_head
-from megadpo.convert.fit import misfits
+from megadpo.convert.fit import fp8_misfits, misfits
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.kinds import wanted
@@ -69,14 +69,15 @@ def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
         world_size=world_size,
         kv_channels=policy.kv_channels,
     )
-    problems += misfits(policy, config.parallel)
+    problems += misfits(policy, config.parallel) + fp8_misfits(policy, config.model, config.parallel)
     compares = config.objective.needs_reference or kl
     if not compares:
         problems += unused_reference(config)
     reference = read_shape(_folder(config.reference.path)) if config.reference.path and compares else policy
     # a reference without experts may stand beside a policy whose experts are dealt
     grid = config.parallel if reference.experts else replace(config.parallel, expert_model_parallel_size=1)
-    problems += [f"reference: {line}" for line in misfits(reference, grid) if line not in problems]
+    of_reference = misfits(reference, grid) + fp8_misfits(reference, config.model, grid)
+    problems += [f"reference: {line}" for line in of_reference if line not in problems]
     if "kl_N" in config.objective.needs:
         problems += _incomparable(policy, reference, config)
     if problems:

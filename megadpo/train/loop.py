@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,10 @@ from megadpo.parallel.watchdog import Watchdog
 from megadpo.train.evaluate import evaluate
 from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
+from megadpo.train.portions import Portions
 from megadpo.train.state import TrainState
 from megadpo.train.step import NotFiniteError, Sums, train_step
+from megadpo.train.swapped import SwappedPortions
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,14 @@ def fit(
     """
     length = run_length(config, len(train.stream.store))
     saver = Saver(state, config, length.steps, context, log)
+    portions = _portions(train, length, reference, config, context, lambda: watch.slowly("the reference's visit"))
     spikes = Spikes()
     left_out: set[int] = set()
 
     def held_out_metrics() -> None:
         if held_out is not None:
-            sums = run_evaluation(state, held_out, reference, config, context, lambda: watch.slowly("evaluation"))
+            with portions.reference() as chunks:
+                sums = run_evaluation(state, held_out, chunks, config, context, lambda: watch.slowly("evaluation"))
             log.step({"step": state.step, **_prefixed(sums)})
 
     if state.step >= length.steps:
@@ -121,24 +126,22 @@ def fit(
         return True
     stopping = False
     while state.step < length.steps and not stopping:
-        watch.step(f"step {state.step + 1}")
         started = time.monotonic()
         train.stream.store.check_unchanged()
+        portion = portions.at(state.consumed)
+        watch.step(f"step {state.step + 1}")
         rate = learning_rate(config.optimizer, state.step, length.steps)
         set_learning_rate(state.optimizer, rate)
-        count = min(config.batch.global_batch_size, length.groups - state.consumed)
-        groups = train.stream.next_groups(state.consumed, count)
+        groups = portion.groups
         if state.step in left_out:
-            _leave_out(state, count, len(train.stream.store), log)
+            _leave_out(state, len(groups), len(train.stream.store), log)
             continue
-        bins = train.stream.bins(groups)
-        batches = train.stream.pack(bins[context.data_rank], train.column)
-        mismatched = train.mismatched_batches(state.consumed, count, context.data_rank)
+        what = (portion.batches, config.objective, portions.resident, context, portion.mismatched, config.seed)
         try:
-            sums, grad_norm = train_step(state, batches, config.objective, reference, context, mismatched, config.seed)
+            sums, grad_norm = train_step(state, *what, partial(portions.prepare, state.consumed + len(groups)))
         except NotFiniteError as error:
             watch.slowly("the search for what is not finite")
-            found = culprits(state, batches, config.objective, reference, context, mismatched, config.seed)
+            found = culprits(state, *what)
             _decide(error, found, train.stream, state, left_out, config, log)
             left_out.add(state.step)
             _rewind(state, error, saver, config, log)
@@ -152,7 +155,7 @@ def fit(
                 "learning_rate": rate,
                 **sums.metrics,
                 "num_scored_tokens": sums.tokens,
-                **_filling(train.stream.filling(bins), count, time.monotonic() - started),
+                **_filling(train.stream.filling(portion.bins), len(groups), time.monotonic() - started),
             }
         )
         if spike := spikes.note(sums.loss):
@@ -171,6 +174,20 @@ def fit(
     if not stopping:
         held_out_metrics()
     return not stopping
+
+
+def _portions(
+    train: Scored,
+    length: Length,
+    reference: list | None,
+    config: Config,
+    context: ParallelContext,
+    on_visit: Callable[[], None],
+) -> Portions:
+    of_run = (train, config.batch.global_batch_size, length.groups, context)
+    if reference is not None and config.reference.mode == "swapped":
+        return SwappedPortions(*of_run, reference, config.reference.swap_steps, on_visit)
+    return Portions(*of_run, reference)
 
 
 def _filling(filling: Filling, groups: int, seconds: float) -> dict[str, float]:

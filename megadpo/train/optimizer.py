@@ -14,6 +14,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer import TransformerConfig
 
 from megadpo.config import OptimizerConfig, ParallelConfig
 from megadpo.model.policy import Policy
@@ -34,6 +35,8 @@ def wrap(
         overlap_param_gather=parallel.overlap_param_gather,
         check_for_nan_in_grad=False,  # train_step looks at the gradient norm, on all ranks alike
         bucket_size=bucket_size,
+        fp8_param_gather=config.fp8_param,
+        reuse_grad_buf_for_mxfp8_param_ag=_through_gradients(config),
     )
     chunks = [DistributedDataParallel(config, ddp, module) for module in modules]
     config.finalize_model_grads_func = finalize_model_grads
@@ -68,9 +71,16 @@ def build_optimizer(
             params_dtype=config.params_dtype,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
+            fp8_recipe=config.fp8_recipe if config.fp8_param else None,
+            reuse_grad_buf_for_mxfp8_param_ag=_through_gradients(config),
         ),
         chunks,
     )
+
+
+def _through_gradients(config: TransformerConfig) -> bool:
+    """MXFP8 weights have no buffer that could be gathered: Megatron-Core sends them through the gradients' in bf16."""
+    return bool(config.fp8_param and config.fp8_recipe == "mxfp8")
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
+from megadpo.model.fp8 import learning_nothing
 from megadpo.model.head import NOTHING, Asked, HeadOutput, Rivals
 from megadpo.objectives import Counts, Objective, Sequences
 from megadpo.parallel.context import ParallelContext
@@ -42,15 +44,16 @@ def run_schedule(
         return chunk(batch, asked), lambda output: on_last_stage(batch, output)
 
     moved = [batch.to(context.device) for batch in batches]
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(moved) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(moved),
-        seq_length=len(moved[0].tokens_T),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with learning_nothing(chunks) if forward_only else nullcontext():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(moved) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(moved),
+            seq_length=len(moved[0].tokens_T),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def kernels_of(chunks: Sequence[Any]) -> Backend:

@@ -53,8 +53,7 @@ def run_scoring(config: Config, out: str, rank: Rank) -> int:
         [stream] = open_streams(
             config, [store], context.data_size, shape.attended_pair_cost, fixed_length=device.type == "cuda"
         )
-        model = config.model
-        chunks = build_chunks(shape, config.parallel, context, model.dtype, model.recompute, model.logprob_backend)
+        chunks = build_chunks(shape, config.parallel, context, config.model)
         load_hf(chunks, shape, folder)
         groups = np.arange(len(store))
         with screen.task("rewards: groups", len(groups)) as task:

@@ -18,8 +18,10 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.attention import choose_backend
-from megadpo.model.build import DTYPES, build_chunks
+from megadpo.model.build import DTYPES, build_chunks, check_machine
+from megadpo.model.fp8 import precision
 from megadpo.model.policy import Policy
+from megadpo.model.reference import build_reference
 from megadpo.objectives.names import title
 from megadpo.observe.log import RunLog
 from megadpo.observe.versions import package_warnings, versions
@@ -42,6 +44,7 @@ def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    check_machine(config.model, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True)
     run_dir = Path(config.run_dir).expanduser()
     length = run_length(config, len(inputs.train))
@@ -85,8 +88,7 @@ def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: 
 
 
 def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
-    model = config.model
-    chunks = build_chunks(shape, config.parallel, context, model.dtype, model.recompute, model.logprob_backend)
+    chunks = build_chunks(shape, config.parallel, context, config.model)
     load_hf(chunks, shape, Path(folder).expanduser())
     return chunks
 
@@ -101,7 +103,7 @@ def _with_reference(
     log: RunLog,
     always: bool = False,
 ) -> tuple[list[Scored], list[Policy] | None]:
-    """The streams with the reference's log-probabilities, or a resident reference, as the run file says.
+    """The streams with the reference's log-probabilities, or a resident or swapped reference, as the run file says.
 
     counts: of each stream, how many groups of it the run takes; None: every one once. The policy has its initial
     weights here, so it serves as its own reference where no other is named. always: for objectives that need none, too.
@@ -109,7 +111,7 @@ def _with_reference(
     others = mismatched_streams(config, streams, counts)
     if not config.objective.needs_reference and not always:
         return [Scored(stream, None) for stream in streams], None
-    if config.reference.mode == "resident":
+    if config.reference.mode != "precomputed":
         scored = [
             Scored(stream, None, None if other is None else Scored(other, None))
             for stream, other in zip(streams, others, strict=False)
@@ -129,9 +131,9 @@ def _with_reference(
 
 def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
     """A second model in the policy's own layout, frozen."""
-    chunks = _load(config, inputs.reference_shape, config.reference.path or config.model.path, context)
-    for chunk in chunks:
-        chunk.eval().requires_grad_(False)
+    shape, reference = inputs.reference_shape, config.reference
+    chunks = build_reference(shape, config.parallel, context, config.model, reference.fp8_weights)
+    load_hf(chunks, shape, Path(reference.path or config.model.path).expanduser())
     return chunks
 
 
@@ -146,7 +148,7 @@ def _scored(
 ) -> Scored:
     """The stream with the reference's log-probabilities of `groups`, as far as they are not known yet."""
     store = stream.store
-    digest = reference_digest(weights, store.digest, config.model.dtype)
+    digest = reference_digest(weights, store.digest, precision(config.model))
     per_pass = groups_per_pass(config)
     column = stored_column(store, digest, context)
     is_known = known_groups(column, stream)[groups]
@@ -223,6 +225,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
         raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size, kl)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    check_machine(config.model, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
     with (
         grid(config.parallel, device, config.seed) as context,

@@ -27,9 +27,10 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 give other roundings; another model or another text gives whole nats."""
 
 
-def reference_digest(weights: str, store: str, dtype: str) -> str:
-    """What a column depends on. `weights` and `store` are digests; tokenizer and template are in the store's."""
-    return hashlib.sha256(f"{CODE_VERSION}:{weights}:{store}:{dtype}".encode()).hexdigest()[:32]
+def reference_digest(weights: str, store: str, precision: str) -> str:
+    """What a column depends on. `weights` and `store` are digests; tokenizer and template are in the store's.
+    precision: see model/fp8.py."""
+    return hashlib.sha256(f"{CODE_VERSION}:{weights}:{store}:{precision}".encode()).hexdigest()[:32]
 
 
 def stored_column(store: ReferenceColumns, digest: str, context: ParallelContext) -> np.ndarray:

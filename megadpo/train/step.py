@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,19 +55,22 @@ def train_step(
     context: ParallelContext,
     mismatched: Sequence[PackedBatch] | None = None,
     seed: int = 0,
+    before_update: Callable[[], None] = lambda: None,
 ) -> tuple[Sums, float]:
     """One update from this rank's micro-batches of a global batch; returns totals and the gradient norm.
 
     reference: chunks of a resident reference model, or None where the batches carry its log-probabilities (or the
     objective needs none). mismatched: this rank's responses to other prompts than their own, for objectives that need
-    `mismatched_kl`. seed: the run's, for objectives that draw tokens. Raises NotFiniteError, on every rank and before
-    the weights change, where the loss or the gradient is not finite.
+    `mismatched_kl`. seed: the run's, for objectives that draw tokens. before_update: called when the gradients are
+    there and activations gone. Raises NotFiniteError, on every rank and before the weights change, where the loss or
+    the gradient is not finite.
     """
     batches, totals, on_last_stage, asked = looked_over(state, batches, objective, reference, context, mismatched, seed)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False, asked=asked)
+    before_update()
     sums = read(total(results, objective, context) if totals is None else totals, objective, context)
     if not math.isfinite(sums.loss):
         raise NotFiniteError(f"step {state.step + 1}: the loss is {sums.loss}")

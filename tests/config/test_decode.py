@@ -163,6 +163,32 @@ def test_a_mistake_gets_one_line(load, more, expected):
     assert "\n" not in text
 
 
+MISTAKES_OF_FP8 = [
+    ("fp8_recipe: mxfp8", "", "model.fp8_recipe = mxfp8: does nothing without model.fp8_format"),
+    ("fp8_param_gather: true", "", "model.fp8_param_gather = true: does nothing without model.fp8_format"),
+    ("fp8_emulation: true", "", "model.fp8_emulation = true: does nothing without model.fp8_format"),
+    ("fp8_format: e4m3, num_layers_at_end_in_bf16: 2", "", "num_layers_at_end_in_bf16 = 2: does nothing without model.first_last_layers_bf16"),
+    ("fp8_format: e4m3, fp8_recipe: delayed, first_last_layers_bf16: true", "", "model.first_last_layers_bf16 = true: not with model.fp8_recipe = delayed"),
+    ("fp8_format: e4m3, first_last_layers_bf16: true, num_layers_at_start_in_bf16: -1", "", "num_layers_at_start_in_bf16 = -1: must be at least 0"),
+    ("fp8_format: hybrid, dtype: float32", "", "model.dtype = float32: model.fp8_format needs bfloat16"),
+    ("fp8_format: hybrid, fp8_emulation: true, fp8_param_gather: true", "", "model.fp8_param_gather = true: not with model.fp8_emulation"),
+    ("fp8_format: hybrid, fp8_param_gather: true", "parallel: {use_distributed_optimizer: false}\n", "needs parallel.use_distributed_optimizer = true"),
+    ("fp8_format: hybrid, fp8_recipe: mxfp8, fp8_param_gather: true", "parallel: {overlap_grad_reduce: true, overlap_param_gather: true}\n", "parallel.overlap_param_gather = true: not with model.fp8_param_gather and mxfp8"),
+    ("fp8_format: hybrid, fp8_recipe: blockwise", "batch: {micro_batch_tokens: 160}\n", "must be a multiple of 128 for model.fp8_recipe = blockwise"),
+    ("fp8_format: hybrid", "parallel: {tensor_model_parallel_size: 4, sequence_parallel: true}\nbatch: {micro_batch_tokens: 96}\n", "must be a multiple of 64 for model.fp8_recipe = tensorwise"),
+    ("fp8_form: hybrid", "", "model.fp8_form: unknown key; did you mean model.fp8_format?"),
+    ("fp8: hybrid", "", "model.fp8: unknown key; did you mean model.fp8_format?"),
+    ("cuda_graphs: true", "", "model.cuda_graphs: not a setting; CUDA graphs cannot hold these streams"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "more", "expected"), MISTAKES_OF_FP8)
+def test_a_mistake_of_fp8_gets_one_line(load, model, more, expected):
+    text = complaint(load, more, base=GOOD.replace("  path: model\n", f"  {{path: model, {model}}}\n"))
+    assert expected in text
+    assert "\n" not in text
+
+
 MISTAKES_IN_WHOLE_FILES = [
     ("", "run.yaml has 3 problems", 4),
     ("- a\n- b\n", "run.yaml: is not a mapping", 1),

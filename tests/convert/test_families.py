@@ -25,7 +25,7 @@ from test_round_trip import (
 )
 from transformers import AutoModelForCausalLM
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert import families
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import FAMILIES, LLAMA, family_of, read_shape
@@ -224,7 +224,7 @@ def make_mistakes(device: torch.device, folders: dict[str, Path]) -> dict[str, t
         batch = every_token(tokens(shape.vocab_size), shape.vocab_size)
         families.FAMILIES = tuple(replace(x, weights=tuple(mistaken(w, mistake) for w in x.weights)) for x in right)
         with grid(parallel, device, seed=0) as context:
-            chunks = build_chunks(mistake.change(shape), parallel, context, "float32")
+            chunks = build_chunks(mistake.change(shape), parallel, context, ModelConfig("", "float32"))
             load_hf(chunks, shape, folders[mistake.model])
             found[name] = forward(chunks, context, batch, shape.vocab_size)
         families.FAMILIES = right

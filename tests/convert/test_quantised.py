@@ -13,7 +13,7 @@ from families_table import write
 from safetensors.torch import load_file, save_file
 from test_round_trip import every_token, forward, tokens
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.importer import check_hf, load_hf
@@ -117,7 +117,7 @@ def logprobs(
     for folder in folders:
         shape = read_shape(folder)
         with grid(parallel, device, 0) as context:
-            chunks = build_chunks(shape, parallel, context, "float32")
+            chunks = build_chunks(shape, parallel, context, ModelConfig("", "float32"))
             load_hf(chunks, shape, folder)
             found.append(
                 forward(chunks, context, every_token(tokens(shape.vocab_size), shape.vocab_size), shape.vocab_size)

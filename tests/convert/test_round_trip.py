@@ -13,7 +13,7 @@ from llamas import MODELS, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert import families
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import LLAMA, read_shape
@@ -105,7 +105,7 @@ def convert(device: torch.device, folders: dict[str, Path], grids: list[str], ou
         with grid(parallel, device, seed=0) as context:
             for model, folder in folders.items():
                 shape = read_shape(folder)
-                chunks = build_chunks(shape, parallel, context, "float32")
+                chunks = build_chunks(shape, parallel, context, ModelConfig("", "float32"))
                 parameters = [p for chunk in chunks for p in chunk.named_parameters()]
                 for _, parameter in parameters:
                     parameter.fill_(float("nan"))
@@ -244,7 +244,7 @@ def make_mistakes(device: torch.device, folder: Path) -> dict[str, torch.Tensor 
             replace(LLAMA, weights=tuple(replace(x, hf=exchanged(x.hf, *names)) for x in LLAMA.weights)),
         )
         with grid(parallel, device, seed=0) as context:
-            chunks = build_chunks(replace(shape, **changes), parallel, context, "float32")
+            chunks = build_chunks(replace(shape, **changes), parallel, context, ModelConfig("", "float32"))
             load_hf(chunks, shape, folder)
             found[name] = forward(chunks, context, batch, shape.vocab_size)
     return found

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_round_trip import GRIDS, NAMES, STORIES, every_token, forward, judge, tokens, weights
 from tiny import write_llama
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert import out_folder
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
@@ -99,7 +99,7 @@ def load_on_grids(device: torch.device, folders: dict[str, Path], grids: list[st
             for model, folder in folders.items():
                 shape = read_shape(folder)
                 batch = every_token(tokens(shape.vocab_size), shape.vocab_size)
-                chunks = build_chunks(shape, parallel, context, "float32")
+                chunks = build_chunks(shape, parallel, context, ModelConfig("", "float32"))
                 for chunk in chunks:
                     for p in chunk.parameters():
                         p.fill_(float("nan"))
@@ -238,7 +238,7 @@ def measure_load(device: torch.device, folders: list[Path]) -> list[tuple[int, i
         for folder in folders:
             shape = read_shape(folder)
             with anonymous_peak() as memory:
-                chunks = build_chunks(shape, ParallelConfig(2), context, "float32")
+                chunks = build_chunks(shape, ParallelConfig(2), context, ModelConfig("", "float32"))
                 load_hf(chunks, shape, folder)
             found.append((memory.peak, sum(p.nbytes for p in chunks[0].parameters())))
             del chunks

@@ -18,7 +18,7 @@ from test_to_checkpoint import same, weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from megadpo.cli import main
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.exporter import export_hf
 from megadpo.convert.families import read_shape
 from megadpo.convert.importer import load_hf
@@ -155,7 +155,7 @@ def greedy(device: torch.device, folder: Path, prompt: list[int]) -> list[int]:
 
     shape, ids = read_shape(folder), list(prompt)
     with grid(ParallelConfig(), device, seed=0) as context:
-        [policy] = build_chunks(shape, ParallelConfig(), context, "float32")
+        [policy] = build_chunks(shape, ParallelConfig(), context, ModelConfig("", "float32"))
         load_hf([policy], shape, folder)
         for _ in range(NEW):
             ids.append(int(text_logits(policy, ids, context)[-1].argmax()))
@@ -189,7 +189,7 @@ def logits_of(device: torch.device, folders: dict[str, Path], texts: dict[str, A
     with grid(ParallelConfig(), device, seed=0) as context:
         for name, folder in folders.items():
             shape = read_shape(folder)
-            [policy] = build_chunks(shape, ParallelConfig(), context, "float32")
+            [policy] = build_chunks(shape, ParallelConfig(), context, ModelConfig("", "float32"))
             load_hf([policy], shape, folder)
             ids, where = texts[name]
             found[name] = [text_logits(policy, ids, context, at) for at in where]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,24 @@ import numpy as np
 import torch
 from megadpo_kernels import Backend
 
-from megadpo.config import OptimizerConfig, ParallelConfig
+from megadpo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megadpo.convert.families import read_shape, with_head
 from megadpo.convert.importer import load_hf
 from megadpo.data.mismatch import mismatched
 from megadpo.data.packing import Budget
 from megadpo.data.stream import Scored, Stream
 from megadpo.model.build import build_chunks
+from megadpo.model.policy import Policy
+from megadpo.model.reference import build_reference
 from megadpo.objectives import DPO, Objective
 from megadpo.parallel.context import ParallelContext, grid
 from megadpo.train.evaluate import evaluate
 from megadpo.train.optimizer import build_optimizer, set_learning_rate, settled, wrap
+from megadpo.train.portions import Portions
 from megadpo.train.score import score_groups
 from megadpo.train.state import TrainState
 from megadpo.train.step import train_step
+from megadpo.train.swapped import SwappedPortions
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,23 @@ class Case:
     learning_rate: float = 1e-3
     objective: Objective = field(default_factory=lambda: DPO(beta=0.5))
     resident: bool = False
+    swap_steps: int = 0
+    """Over 0: a swapped reference, each visit for so many steps."""
+    fp8_reference: bool = False
     share: bool = True
     grain: int | None = None
     bucket_size: int | None = None
     evaluated: bool = False
     logprob_backend: Backend = "auto"
+
+    @property
+    def live(self) -> bool:
+        """Whether a second model says what the reference does, and not a column."""
+        return self.resident or self.swap_steps > 0
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(str(self.folder), self.dtype, recompute=self.recompute, logprob_backend=self.logprob_backend)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -77,7 +94,7 @@ class Piece:
 
 def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     shape = with_head(read_shape(case.folder), case.objective.head, case.folder)
-    modules = build_chunks(shape, case.parallel, context, case.dtype, case.recompute, case.logprob_backend)
+    modules = build_chunks(shape, case.parallel, context, case.model)
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
@@ -122,32 +139,38 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
         column = None
         if case.objective.needs_reference:
             column = score_groups(state.modules, stream, everything, 5, context, lambda done: None)
-        reference = None
-        if case.resident:
-            reference = [chunk for chunk in build(case, context)[0].modules]
-            for module in reference:
-                module.eval().requires_grad_(False)
-        train = mismatched_of(case, state, stream, context)
-        held_out = Scored(stream, None if case.resident else column, whole_store(case, state, stream, context))
+        train = replace(mismatched_of(case, state, stream, context), column=None if case.live else column)
+        reference = reference_of(case, context) if case.live else None
+        run_of = (train, case.batch, case.steps * case.batch, context)
+        portions = Portions(*run_of, reference)
+        if reference is not None and case.swap_steps:
+            portions = SwappedPortions(*run_of, reference, case.swap_steps)
+        held_out = Scored(stream, None if case.live else column, whole_store(case, state, stream, context))
         result: dict[str, Any] = {"column": column, "sums": [], "grad_norms": []}
         first_gradients(state, result)
         for _ in range(case.steps):
             set_learning_rate(state.optimizer, case.learning_rate)
-            batches = stream.batches(
-                stream.next_groups(state.consumed, case.batch),
-                context.data_rank,
-                None if case.resident else column,
+            part = portions.at(state.consumed)
+            coming = partial(portions.prepare, state.consumed + case.batch)
+            sums, norm = train_step(
+                state, part.batches, case.objective, portions.resident, context, part.mismatched, before_update=coming
             )
-            others = train.mismatched_batches(state.consumed, case.batch, context.data_rank)
-            sums, norm = train_step(state, batches, case.objective, reference, context, others)
             result["sums"].append(sums)
             result["grad_norms"].append(norm)
         if case.evaluated:
-            with settled(state.chunks):
-                result["held_out"] = evaluate(state.chunks, held_out, case.objective, reference, 5, context)
+            with settled(state.chunks), portions.reference() as chunks:
+                result["held_out"] = evaluate(state.chunks, held_out, case.objective, chunks, 5, context)
         with settled(state.chunks):
             result["weights"] = pieces(state, lambda p: p.data)
         return result
+
+
+def reference_of(case: Case, context: ParallelContext) -> list[Policy]:
+    """The model as it is at the start, a second time."""
+    shape = read_shape(case.folder)
+    chunks = build_reference(shape, case.parallel, context, case.model, case.fp8_reference)
+    load_hf(chunks, shape, case.folder)
+    return chunks
 
 
 def mismatched_of(case: Case, state: TrainState, stream: Stream, context: ParallelContext) -> Scored:
@@ -167,7 +190,7 @@ def _mismatched(
     if "mismatched_kl" not in case.objective.needs:
         return None
     other = replace(stream, store=mismatched(case.store, order, batch, seed=0), shuffle=False)
-    if case.resident:
+    if case.live:
         return Scored(other, None)
     with settled(state.chunks):
         column = score_groups(state.modules, other, np.arange(len(other.store)), 5, context, lambda done: None)
