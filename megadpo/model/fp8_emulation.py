@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -35,7 +36,7 @@ Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0}
 HISTORY = 1024
-"""Steps that delayed scaling looks back on."""
+"""Steps that delayed scaling looks back on; Transformer Engine's own default, in passes."""
 BLOCK = {"blockwise": 128, "mxfp8": 32}
 """Numbers that share a scale, in the direction in which the product adds up."""
 
@@ -140,7 +141,7 @@ class Operands(torch.nn.Module):
     `delayed` scales an operand by its largest number in the last steps, the running one not among them: over all
     micro-batches and ranks, noted by `amaxes_noted`. (Transformer Engine counts micro-batches instead of steps.) As
     long as nothing is known, the operand at hand is looked at. (Transformer Engine has scale 1 there.) The numbers are
-    a buffer, so they are in checkpoints and a run goes on as if it had not stopped.
+    in checkpoints (`sharded_history`), so a run goes on as if it had not stopped.
     """
 
     history_HP: Tensor
@@ -154,7 +155,7 @@ class Operands(torch.nn.Module):
         self.rounding, self.group = rounding, group
         self.enabled, self.noting = True, False
         if self.delayed:
-            self.register_buffer("history_HP", torch.zeros(HISTORY, 3, device=device))
+            self.register_buffer("history_HP", torch.zeros(HISTORY, 3, device=device), persistent=False)
             self.register_buffer("seen_P", torch.zeros(3, device=device), persistent=False)
 
     @property
@@ -264,9 +265,9 @@ def _operands(chunks: Sequence[Any]) -> list[Operands]:
 
 
 @contextmanager
-def unrounded(chunks: Sequence[Any]) -> Iterator[None]:
+def unrounded(chunks: Sequence[Any], only_delayed: bool = False) -> Iterator[None]:
     """The same model without rounding, for the length of a with-block."""
-    here = _operands(chunks)
+    here = [part for part in _operands(chunks) if part.enabled and (part.delayed or not only_delayed)]
     for operands in here:
         operands.enabled = False
     try:
@@ -278,7 +279,7 @@ def unrounded(chunks: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[None]:
-    """With the delayed recipe, the largest numbers of the passes inside are what scales the next ones. Round a step's
+    """With the delayed recipe, the largest numbers of the passes inside are what scales the next step's. For a step's
     passes only: evaluation, scoring and probes leave them alone. Every data-parallel rank enters it."""
     here = [operands for operands in _operands(chunks) if operands.delayed]
     for operands in here:
@@ -294,3 +295,17 @@ def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[No
     seen = context.max_over_data(torch.stack([operands.seen_P for operands in here]))
     for operands, seen_P in zip(here, seen, strict=True):
         operands.step(seen_P)
+
+
+def sharded_history(chunks: Sequence[Any]) -> dict[str, ShardedTensor]:
+    """What delayed scaling remembers, for a checkpoint of any grid; empty with other recipes. A place in the model has
+    the same numbers on every rank that holds a part of it."""
+    found = {}
+    for chunk in chunks:
+        replica = (0, chunk.pg_collection.tp.rank(), chunk.pg_collection.dp.rank())
+        for layer in chunk.decoder.layers:
+            for name, part in layer.named_modules():
+                if isinstance(part, Operands) and part.delayed:
+                    key = f"fp8_history.{layer.layer_number}.{name}"
+                    found[key] = ShardedTensor.from_rank_offsets(key, part.history_HP, replica_id=replica)
+    return found

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from families_table import COMMON, write
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from tiny import random_groups, write_llama
 
+from megadpo import checkpoint
 from megadpo.data.packing import Budget
-from megadpo.model.fp8_emulation import Operands, amaxes_noted, rounded_layers, unrounded
+from megadpo.model.fp8 import without_fp8
+from megadpo.model.fp8_emulation import Operands, rounded_layers
 from megadpo.parallel.context import grid
 from megadpo.train.score import score_groups
+from megadpo.train.state import TrainState
+from megadpo.train.step import train_step
 from train.engine import Case, assemble, build, run, worst
 
 VOCAB = 67
@@ -28,9 +34,10 @@ ROUNDED = 2e-2
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """One micro-batch per step, since the largest number of a tensor, or of 128 rows, depends on what is in it."""
+    """One micro-batch per step, since the largest number of a tensor, or of 128 rows, depends on what is in it; for the
+    same reason the reference is resident."""
     folder = write_llama(tmp_path_factory.mktemp("llama"), layers=3, vocab=VOCAB, bias=True)
-    return Case(folder, random_groups(8, vocab=VOCAB), budget=Budget(256))
+    return Case(folder, random_groups(8, vocab=VOCAB), budget=Budget(256), resident=True)
 
 
 def emulated(base: Case, recipe: str, **changes: Any) -> Case:
@@ -44,15 +51,16 @@ def single(base: Case) -> dict[str, dict[str, Any]]:
     return dict(zip(cases, results, strict=True))
 
 
-def distance(ranks: list[dict[str, Any]], want: dict[str, Any]) -> float:
-    return worst(assemble(ranks, "gradients", VOCAB), assemble([want], "gradients", VOCAB))[0]
+def distance(ranks: list[dict[str, Any]], want: dict[str, Any], vocab: int = VOCAB) -> float:
+    return worst(assemble(ranks, "gradients", vocab), assemble([want], "gradients", vocab))[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_rounds(single: dict[str, dict[str, Any]], recipe: str) -> None:
-    """Reference and policy are rounded alike; the gradient is not the unrounded one; and it trains."""
+    """Reference and policy are rounded alike (except delayed, whose passes without a gradient are not rounded); the
+    gradient is not the unrounded one; and it trains."""
     losses = [sums.loss for sums in single[recipe]["sums"]]
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses[0] == pytest.approx(np.log(2), abs=0.1 if recipe == "delayed" else 1e-6)
     assert losses[1] < losses[0]
     assert distance([single[recipe]], single["off"]) > ROUNDED
 
@@ -71,7 +79,9 @@ def test_grids(base: Case, single: dict[str, dict[str, Any]]) -> None:
 
 def test_data_parallel(base: Case) -> None:
     """Replicas agree (`assemble` looks) where each has its own streams and the optimizer is shared out."""
-    cases = [emulated(base, recipe, distributed=True, overlap=True, dtype="bfloat16") for recipe in RECIPES]
+    cases = [
+        emulated(base, recipe, distributed=True, overlap=True, dtype="bfloat16", resident=False) for recipe in RECIPES
+    ]
     results = run_ranks(2, run, cases)
     for index in range(len(cases)):
         ranks = [rank[index] for rank in results]
@@ -91,7 +101,7 @@ def switched(device: torch.device, plain: Case, case: Case) -> dict[str, Any]:
                 return score_groups(state.modules, stream, everything, 8, context, lambda done: None)
 
             found[name] = scores()
-            with unrounded(state.chunks):
+            with without_fp8(state.chunks):
                 found["off"] = scores()
             found["on again"] = scores()
             layers = [
@@ -115,42 +125,98 @@ def test_switched_off_it_is_the_plain_model(base: Case) -> None:
 
 
 def remembered(device: torch.device, case: Case) -> dict[str, Any]:
-    """What delayed scaling knows, before and after passes that train nothing, and after a step's."""
+    """What delayed scaling knows, before and after passes that train nothing, and after steps."""
     with grid(case.parallel, device, seed=1) as context:
         state, stream = build(case, context)
         parts = [part for part in state.modules[0].modules() if isinstance(part, Operands)]
+        everything = np.arange(len(case.store))
+        column = score_groups(state.modules, stream, everything, 8, context, lambda done: None)
+        batches = stream.batches(everything, context.data_rank, column)
+        found: dict[str, Any] = {}
 
-        def known() -> torch.Tensor:
-            return torch.stack([part.history_HP for part in parts]).clone()
+        def note(name: str) -> None:
+            found[name] = torch.stack([part.history_HP for part in parts]).clone()
 
-        def passed() -> None:
-            score_groups(state.modules, stream, np.arange(len(case.store)), 8, context, lambda done: None)
-
-        found = {"start": known()}
-        passed()
-        found["scored"] = known()
-        with amaxes_noted(state.chunks, context):
-            passed()
-        found["noted"] = known()
-        passed()
-        found["scored again"] = known()
+        note("scored")
+        train_step(state, batches, case.objective, None, context)
+        note("one step")
+        score_groups(state.modules, stream, everything, 8, context, lambda done: None)
+        note("scored again")
+        train_step(state, batches, case.objective, None, context)
+        note("two steps")
         return found
 
 
-def test_only_a_step_is_remembered(base: Case) -> None:
-    """The largest numbers of x and w, shared by all ranks of tensor x data; dy's had no pass."""
-    results = run_ranks(2, remembered, emulated(base, "delayed", tensor=2))
-    results += run_ranks(2, remembered, emulated(base, "delayed"))
+def test_only_steps_are_remembered(base: Case) -> None:
+    """The largest numbers of x, w and dy, the newest first, shared by all ranks of tensor x data."""
+    case = emulated(base, "delayed", resident=False, learning_rate=1e-2, budget=Budget(64))
+    results = run_ranks(2, remembered, replace(case, tensor=2)) + run_ranks(2, remembered, case)
     for found in results:
-        assert not found["start"].any()
         assert not found["scored"].any()
-        assert (found["noted"][:, 0, :2] > 0).all()
-        assert not found["noted"][:, 0, 2].any()
-        assert torch.equal(found["scored again"], found["noted"])
-    assert torch.equal(results[0]["noted"], results[1]["noted"])
-    assert torch.equal(results[2]["noted"], results[3]["noted"])
+        assert (found["one step"][:, 0] > 0).all()
+        assert not found["one step"][:, 1:].any()
+        assert torch.equal(found["scored again"], found["one step"])
+        assert torch.equal(found["two steps"][:, 1], found["one step"][:, 0])
+        assert not torch.equal(found["two steps"][:, 0], found["two steps"][:, 1])
+    for one, two in (results[:2], results[2:]):
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_experts_and_latent_attention(tmp_path: Path) -> None:
-    """All linear layers there are rounded, too, and the router is not."""
-    pytest.importorskip("transformers")
+def resumed(device: torch.device, case: Case, folder: Path, tensor: int) -> list[float]:
+    """Losses of steps after a checkpoint of two steps, written by one grid and read by another."""
+    everything = np.arange(len(case.store))
+
+    def trained(state: TrainState, stream: Any, context: Any, steps: int) -> list[float]:
+        column = -np.ones(int(stream.store.offsets[-1]))
+        batches = stream.batches(everything, context.data_rank, column)
+        return [train_step(state, batches, case.objective, None, context)[0].loss for _ in range(steps)]
+
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        trained(state, stream, context, 2)
+        checkpoint.save(state, folder, total_steps=4, keep=1, context=context)
+        losses = trained(state, stream, context, 2)
+    other = replace(case, tensor=tensor)
+    with grid(other.parallel, device, seed=1) as context:
+        state, stream = build(other, context)
+        assert checkpoint.resume(state, folder, print) is not None
+        return losses + trained(state, stream, context, 2)
+
+
+def test_memory_is_in_checkpoints(base: Case, tmp_path: Path) -> None:
+    """A run goes on as if it had not stopped, to the bit on the same grid."""
+    case = emulated(base, "delayed", resident=False, learning_rate=1e-2, tensor=2)
+    one, two, again_one, again_two = run_ranks(2, resumed, case, tmp_path / "same", 2)[0]
+    assert (again_one, again_two) == (one, two)
+    one, two, again_one, again_two = run_ranks(2, resumed, case, tmp_path / "other", 1)[0]
+    assert (again_one, again_two) == pytest.approx((one, two), abs=1e-3)
+
+
+def linear_layers(device: torch.device, case: Case) -> list[str]:
+    """Those in the layers of the model that are not rounded."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, _ = build(case, context)
+        return [
+            name
+            for name, module in state.modules[0].decoder.named_modules()
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear) and not hasattr(module, "operands")
+        ]
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Every linear layer of such a model is rounded, and splitting or dealing out experts leaves the numbers as they
+    are."""
+    case = Case(
+        write("mixtral", tmp_path / "mixtral"),
+        random_groups(8, vocab=int(COMMON["vocab_size"])),
+        budget=Budget(256),
+    )
+    case = emulated(replace(case, learning_rate=1e-4, steps=1, resident=True), "tensorwise")
+    assert run_ranks(1, linear_layers, case) == [[]]
+    [[want]] = run_ranks(1, run, [case])
+    ways = [replace(case, tensor=2, sequence=True), replace(case, tensor=2, sequence=True, expert=2)]
+    results = run_ranks(2, run, ways)
+    for index, way in enumerate(ways):
+        ranks = [rank[index] for rank in results]
+        assert ranks[0]["sums"][0].loss == pytest.approx(want["sums"][0].loss, abs=1e-3), way
+        assert distance(ranks, want, int(COMMON["vocab_size"])) < FLIPS, way
