@@ -73,8 +73,8 @@ def _not_emulated(shape: ModelShape, model: ModelConfig) -> list[str]:
     found = []
     if model.fp8_emulation and shape.latent is not None:
         found.append(
-            "model.fp8_emulation = true: has no latent attention (DeepSeek-V2 and V3), whose layers Megatron-Core knows "
-            "by their classes; leave model.fp8_format out"
+            "model.fp8_emulation = true: has no latent attention (DeepSeek-V2 and V3), whose layers Megatron-Core "
+            "knows by their classes; leave model.fp8_format out"
         )
     if model.fp8_emulation and shape.experts is not None and model.fp8_recipe == "delayed":
         found.append(
