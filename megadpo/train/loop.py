@@ -18,6 +18,7 @@ from megadpo.errors import NumericsError
 from megadpo.observe.spikes import Spikes
 from megadpo.parallel.context import ParallelContext
 from megadpo.parallel.watchdog import Watchdog
+from megadpo.train.drift import DriftWatch
 from megadpo.train.evaluate import evaluate
 from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
@@ -108,6 +109,9 @@ def fit(
     """
     length = run_length(config, len(train.stream.store))
     saver = Saver(state, config, length.steps, context, log)
+    drift = DriftWatch(
+        state, train.stream, config, context, groups_per_pass(config), lambda: watch.slowly("FP8's probe")
+    )
     spikes = Spikes()
     left_out: set[int] = set()
 
@@ -119,6 +123,7 @@ def fit(
     if state.step >= length.steps:
         log.line(f"step {state.step} of {length.steps}: this run has reached its end")
         return True
+    drift.at_start(log)
     stopping = False
     while state.step < length.steps and not stopping:
         watch.step(f"step {state.step + 1}")
@@ -153,6 +158,7 @@ def fit(
                 **sums.metrics,
                 "num_scored_tokens": sums.tokens,
                 **_filling(train.stream.filling(bins), count, time.monotonic() - started),
+                **drift.after_step(),
             }
         )
         if spike := spikes.note(sums.loss):
