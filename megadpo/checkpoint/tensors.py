@@ -36,6 +36,7 @@ from megadpo.checkpoint.folder import (
 from megadpo.checkpoint.safe import no_raw_pickle
 from megadpo.errors import CheckpointError, StorageError
 from megadpo.files import CAUSES, storage_errors
+from megadpo.model.fp8_emulation import sharded_history
 from megadpo.parallel.context import ParallelContext
 from megadpo.train.optimizer import settled
 from megadpo.train.state import TrainState
@@ -322,5 +323,9 @@ def _model(modules: list[Any]) -> dict[str, Any]:
 
 def _sharded(state: TrainState, is_loading: bool) -> dict[str, Any]:
     """Megatron-Core's description of every tensor: global name and shape, this rank's part of it."""
-    modules = _model(state.modules)
-    return {**modules, "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=dict(METADATA))}
+    modules, history = _model(state.modules), sharded_history(state.modules)
+    return {
+        **modules,
+        **({"fp8": history} if history else {}),
+        "optimizer": state.optimizer.sharded_state_dict(modules, is_loading, metadata=dict(METADATA)),
+    }

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megadpo.config import Config, ModelConfig, ParallelConfig, ReferenceConfig
+from megadpo.config import Config, ModelConfig, ParallelConfig, ReferenceConfig, TrainConfig
 from megadpo.objectives.kinds import kind_of
 from megadpo.objectives.names import name_of
 
@@ -129,6 +129,8 @@ def _sizes(config: Config) -> list[str]:
         ("train.save_steps", train.save_steps, 0),
         ("train.save_total_limit", train.save_total_limit, 1),
         ("train.max_skipped", train.max_skipped, 0),
+        ("train.fp8_probe_steps", train.fp8_probe_steps, 0),
+        ("train.fp8_probe_groups", train.fp8_probe_groups, 1),
         ("reference.check_groups", config.reference.check_groups, 0),
         ("reference.swap_steps", config.reference.swap_steps, 1),
         ("model.num_layers_at_start_in_bf16", config.model.num_layers_at_start_in_bf16, 0),
@@ -165,6 +167,9 @@ def _ranges(config: Config) -> list[str]:
     ]
     if not 0 <= config.train.hang_timeout < float("inf"):
         found.append(f"train.hang_timeout = {config.train.hang_timeout}: must be at least 0; 0 switches it off")
+    limit = config.train.fp8_drift_limit
+    if limit is not None and not 0 < limit < float("inf"):
+        found.append(f"train.fp8_drift_limit = {limit}: must be over 0, in nats per token; leave it out for no limit")
     if not config.export.max_shard_size_gb > 0:
         found.append(f"export.max_shard_size_gb = {config.export.max_shard_size_gb}: must be over 0; 5 is usual")
     return found
@@ -273,12 +278,17 @@ def _fp8(config: Config) -> list[str]:
     names += ["num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"]
     given = {name: _written(getattr(model, name)) for name in names if getattr(model, name) != getattr(plain, name)}
     if model.fp8_format is None:
+        watched = _drift_watch(config.train)
         return [
-            f"model.{name} = {value}: does nothing without model.fp8_format; set that to hybrid or e4m3, or leave "
-            "this out"
-            for name, value in given.items()
+            f"{name} = {value}: does nothing without model.fp8_format; set that to hybrid or e4m3, or leave this out"
+            for name, value in [*((f"model.{name}", value) for name, value in given.items()), *watched.items()]
         ]
     found = []
+    if config.train.fp8_drift_limit is not None and model.fp8_recipe == "delayed" and not config.train.fp8_probe_steps:
+        found.append(
+            f"train.fp8_drift_limit = {config.train.fp8_drift_limit}: with model.fp8_recipe = delayed, whose drift can "
+            "only be measured once it has scales, needs train.fp8_probe_steps over 0"
+        )
     if model.first_last_layers_bf16 and model.fp8_recipe == "delayed":
         found.append(
             "model.first_last_layers_bf16 = true: not with model.fp8_recipe = delayed, whose scales are kept for all "
@@ -315,6 +325,13 @@ def _fp8(config: Config) -> list[str]:
             f"model.fp8_recipe = {model.fp8_recipe} on this grid"
         )
     return found
+
+
+def _drift_watch(train: TrainConfig) -> dict[str, object]:
+    """What is given of the settings of FP8's probe."""
+    names = ("fp8_probe_steps", "fp8_probe_groups", "fp8_drift_limit")
+    given = {f"train.{name}": getattr(train, name) for name in names}
+    return {name: value for name, value in given.items() if value != getattr(TrainConfig, name.partition(".")[2])}
 
 
 def _written(value: object) -> object:

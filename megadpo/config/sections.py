@@ -39,7 +39,7 @@ class ModelConfig:
     num_layers_at_start_in_bf16: int = 1
     num_layers_at_end_in_bf16: int = 1
     fp8_emulation: bool = False
-    """Round the operands of the same products to FP8 and multiply in dtype: FP8's numbers on any device, slower."""
+    """Round the operands of the same products to FP8 and multiply in float32: FP8's numbers on any device, slower."""
 
     @property
     def real_fp8(self) -> bool:
@@ -192,6 +192,14 @@ class TrainConfig:
     hang_timeout: float = 50.0
     """Seconds without a finished step (at least three times the median step) after which a rank is taken as hung: all
     ranks' stacks go to RUN_DIR/logs and the job ends with exit code 75. 0: never."""
+    fp8_probe_steps: int = 0
+    """With model.fp8_format: compare log-probabilities in FP8 with those in model.dtype every N steps; 0: only at the
+    start."""
+    fp8_probe_groups: int = 8
+    """Groups of the training data that are compared."""
+    fp8_drift_limit: float | None = None
+    """Nats per token (the mean difference; of a reward model, of its rewards) over which the run stops with exit code
+    3; no limit where not given."""
     shuffle: bool = True
     """New order every epoch, from seed and epoch. false: file order."""
 

@@ -48,7 +48,7 @@ def fp8_misfits(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig)
     An emulation takes any size.
     """
     if not model.real_fp8:
-        return []
+        return _not_emulated(shape, model)
     unit = FP8_WIDTHS[model.fp8_recipe]
     found = [
         f"model.fp8_recipe = {model.fp8_recipe}: {name} is {size} on each rank and must be a multiple of {unit}; "
@@ -66,6 +66,21 @@ def fp8_misfits(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig)
             )
             if count > most
         ]
+    return found
+
+
+def _not_emulated(shape: ModelShape, model: ModelConfig) -> list[str]:
+    found = []
+    if model.fp8_emulation and shape.latent is not None:
+        found.append(
+            "model.fp8_emulation = true: has no latent attention (DeepSeek-V2 and V3), whose layers Megatron-Core "
+            "knows by their classes; leave model.fp8_format out"
+        )
+    if model.fp8_emulation and shape.experts is not None and model.fp8_recipe == "delayed":
+        found.append(
+            "model.fp8_recipe = delayed: its emulation has no experts, as other ranks have other ones; use tensorwise, "
+            "blockwise or mxfp8"
+        )
     return found
 
 

@@ -28,6 +28,7 @@ from megadpo.errors import MachineError
 from megadpo.model.attention import Backend, SegmentAttention, choose_backend
 from megadpo.model.experts import expert_options, use_experts
 from megadpo.model.fp8 import fp8_options, machine_problem
+from megadpo.model.fp8_emulation import Rounding, round_layers, rounded_layers
 from megadpo.model.fp8_weights import hold_linear_layers
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
@@ -82,7 +83,7 @@ def transformer_config(
     # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
     options["qk_layernorm"] = shape.norms.queries_keys == "head"
     if shape.experts is not None:
-        options |= expert_options(shape.experts, parallel, te)
+        options |= expert_options(shape.experts, parallel, te and Rounding.of(model) is None)
     if shape.latent is not None:
         options |= latent_options(shape.latent)
     config = (MLATransformerConfig if shape.latent else TransformerConfig)(
@@ -151,14 +152,22 @@ def block_spec(
     stage: int | None,
     attention_backend: Backend,
     context: ParallelContext,
-    kernels: LogprobBackend = "auto",
+    model: ModelConfig,
 ) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise; our attention in both."""
-    te = mcore_fixes.have_te()
+    """Transformer Engine's layers where it is installed, Megatron-Core's own otherwise, and where FP8 is emulated; our
+    attention in all."""
+    rounding = Rounding.of(model)
+    te = mcore_fixes.have_te() and rounding is None
     first = get_transformer_layer_offset(config, vp_stage=stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=stage))
-    kinds = [shape.experts is not None and shape.experts.layers[layer] for layer in layers]
-    specs = {kind: layer_spec(shape, kind, attention_backend, context, kernels) for kind in set(kinds)}
+    in_fp8 = rounded_layers(model, shape.num_layers)
+    kinds = [(shape.experts is not None and shape.experts.layers[layer], in_fp8[layer]) for layer in layers]
+    specs = {}
+    for kind in set(kinds):
+        with_experts, rounded = kind
+        specs[kind] = layer_spec(shape, with_experts, attention_backend, context, model.logprob_backend, te)
+        if rounded and rounding is not None:
+            round_layers(specs[kind], rounding)
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=TENorm if te else RMSNorm)
 
 
@@ -168,9 +177,10 @@ def layer_spec(
     attention_backend: Backend,
     context: ParallelContext,
     kernels: LogprobBackend,
+    te: bool,
 ) -> ModuleSpec:
-    """A layer with experts, or with the plain MLP."""
-    te, latent = mcore_fixes.have_te(), shape.latent is not None
+    """A layer with experts, or with the plain MLP. te: of Transformer Engine's layers."""
+    latent = shape.latent is not None
     options: dict[str, Any] = {"multi_latent_attention": latent, "qk_layernorm": latent}
     if te:
         layer = get_gpt_layer_with_transformer_engine_spec(**options)
@@ -198,9 +208,9 @@ def layer_spec(
         linear.k_layernorm = ModuleSpec(ProjectionNorm, params={"heads": shape.num_query_groups, "group": group})
     _change_linear_layers(shape, linear, mlp, norm)
     if shape.latent is not None:
-        use_latent_attention(layer.submodules, shape.latent, norm)
+        use_latent_attention(layer.submodules, shape.latent, norm, te)
     if with_experts and shape.experts is not None:
-        use_experts(layer.submodules, shape.experts, norm)
+        use_experts(layer.submodules, shape.experts, norm, te)
     return layer
 
 
@@ -277,7 +287,7 @@ def build_chunks(
     backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []
     for stage, first, last in context.stages():
-        spec = block_spec(config, shape, stage, backend, context, model.logprob_backend)
+        spec = block_spec(config, shape, stage, backend, context, model)
         if held_in_fp8:
             for layer in {id(layer): layer for layer in spec.layer_specs}.values():  # several share one
                 hold_linear_layers(layer)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.shape import Experts
-from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import expert_tensor_size
 
 
@@ -43,10 +42,9 @@ def expert_options(experts: Experts, parallel: ParallelConfig, te: bool) -> dict
     }
 
 
-def use_experts(layer: TransformerLayerSubmodules, experts: Experts, norm: type) -> None:
+def use_experts(layer: TransformerLayerSubmodules, experts: Experts, norm: type, te: bool) -> None:
     """Turn the spec of a layer with a plain MLP into one with experts. norm: the class of the norm in front of them,
-    which with Transformer Engine is not part of the first linear layer here."""
-    te = mcore_fixes.have_te()
+    which with Transformer Engine's layers (te) is not part of the first linear layer here."""
     layer.mlp = get_moe_module_spec(use_te=te, num_experts=experts.count, moe_grouped_gemm=te)
     if experts.bias and not te:
         expert = layer.mlp.submodules.experts.submodules

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from megadpo.config import ModelConfig
+from megadpo.model.fp8_emulation import HISTORY, unrounded
 from megadpo.parallel import mcore_fixes
-
-HISTORY = 1024
-"""Passes that delayed scaling looks back on, as Transformer Engine's own default; Megatron-Core's is 1."""
 
 
 def fp8_options(model: ModelConfig) -> dict[str, Any]:
@@ -81,18 +79,27 @@ def recipe_problem(recipe: str, capability: tuple[int, int], cuda: str) -> str |
 
 
 @contextmanager
+def without_fp8(chunks: Sequence[Any], only_delayed: bool = False) -> Iterator[None]:
+    """The same model in its dtype, Transformer Engine's layers and emulated ones alike. only_delayed: models with
+    another recipe stay as they are."""
+    configs = {id(config): config for config in (getattr(chunk, "module", chunk).config for chunk in chunks)}.values()
+    switched = [config for config in configs if config.fp8 and (config.fp8_recipe == "delayed" or not only_delayed)]
+    formats = [config.fp8 for config in switched]
+    for config in switched:
+        config.fp8 = None
+    try:
+        with unrounded(chunks, only_delayed):
+            yield
+    finally:
+        for config, fp8 in zip(switched, formats, strict=True):
+            config.fp8 = fp8
+
+
+@contextmanager
 def learning_nothing(chunks: Sequence[Any]) -> Iterator[None]:
     """For passes without a gradient. With delayed scaling they run in bf16: Transformer Engine learns scales only from
     passes with one (quantization.py: autocast_exit), so that a model that was never trained would multiply with all
     scales 1; and it notes the largest numbers of every pass, so that the next step would depend on whether somebody
     looked. Other recipes keep nothing from pass to pass and stay as they are."""
-    configs = {id(config): config for config in (getattr(chunk, "module", chunk).config for chunk in chunks)}.values()
-    delayed = [config for config in configs if config.fp8 and config.fp8_recipe == "delayed"]
-    formats = [config.fp8 for config in delayed]
-    for config in delayed:
-        config.fp8 = None
-    try:
+    with without_fp8(chunks, only_delayed=True):
         yield
-    finally:
-        for config, fp8 in zip(delayed, formats, strict=True):
-            config.fp8 = fp8

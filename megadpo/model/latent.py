@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from torch import Tensor
 
 from megadpo.convert.shape import LatentAttention
-from megadpo.parallel import mcore_fixes
 
 
 def latent_options(latent: LatentAttention) -> dict[str, Any]:
@@ -39,13 +38,13 @@ def latent_options(latent: LatentAttention) -> dict[str, Any]:
     }
 
 
-def use_latent_attention(layer: TransformerLayerSubmodules, latent: LatentAttention, norm: type) -> None:
-    """Complete the spec of a layer of Megatron-Core's latent attention. norm: the class of norms, where Transformer
-    Engine's layers do not bring them."""
+def use_latent_attention(layer: TransformerLayerSubmodules, latent: LatentAttention, norm: type, te: bool) -> None:
+    """Complete the spec of a layer of Megatron-Core's latent attention. norm: the class of norms, where they are
+    not Transformer Engine's layers (te), which bring them."""
     attention = layer.self_attention
     attention.module = LatentSelfAttention
     attention.params = {**attention.params, "latent": latent}
-    if mcore_fixes.have_te():
+    if te:
         return
     attention.submodules.q_layernorm = attention.submodules.kv_layernorm = norm
     layer.sharded_state_dict_keys_map = {  # the keys of Transformer Engine's layers

@@ -66,6 +66,11 @@ class ParallelContext:
         dist.all_reduce(values, group=self.groups.dp)
         return values
 
+    def max_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest of all data-parallel ranks, element by element, in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.groups.dp)
+        return values
+
     def gather_over_data(self, value: Any) -> list[Any]:
         """What every data-parallel rank has, in rank order; anything small that can be pickled, tensors on the CPU."""
         found: list[Any] = [None] * self.data_size

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megadpo.checkpoint.folder import STATE, checkpoints
-from megadpo.config import Config
+from megadpo.config import Config, ModelConfig
 from megadpo.convert.hf_files import weights_digest
 from megadpo.errors import CheckpointError
 from megadpo.files import write_text
@@ -27,12 +27,18 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
         "seed": config.seed,
         "train.shuffle": config.train.shuffle,
         "batch.global_batch_size": config.batch.global_batch_size,
+        **_fp8(config.model),
         "objective": type(config.objective).__name__,
         **{f"objective.{name}": value for name, value in objective.items()},
     }
     if config.objective.needs_reference:
         identity["reference.weights"] = weights_digest(Path(config.reference.path or config.model.path).expanduser())
     return identity
+
+
+def _fp8(model: ModelConfig) -> dict[str, Any]:
+    """Its format and recipe, which are part of what the weights mean; emulated or not is another machine's."""
+    return {} if model.fp8_format is None else {"model.fp8": f"{model.fp8_format} {model.fp8_recipe}"}
 
 
 def claim(run_dir: Path, identity: dict[str, Any]) -> None:

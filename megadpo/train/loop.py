@@ -19,6 +19,7 @@ from megadpo.errors import NumericsError
 from megadpo.observe.spikes import Spikes
 from megadpo.parallel.context import ParallelContext
 from megadpo.parallel.watchdog import Watchdog
+from megadpo.train.drift import DriftWatch
 from megadpo.train.evaluate import evaluate
 from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
@@ -112,6 +113,9 @@ def fit(
     length = run_length(config, len(train.stream.store))
     saver = Saver(state, config, length.steps, context, log)
     portions = _portions(train, length, reference, config, context, lambda: watch.slowly("the reference's visit"))
+    drift = DriftWatch(
+        state, train.stream, config, context, groups_per_pass(config), lambda: watch.slowly("FP8's probe")
+    )
     spikes = Spikes()
     left_out: set[int] = set()
 
@@ -124,6 +128,7 @@ def fit(
     if state.step >= length.steps:
         log.line(f"step {state.step} of {length.steps}: this run has reached its end")
         return True
+    drift.at_start(log)
     stopping = False
     while state.step < length.steps and not stopping:
         started = time.monotonic()
@@ -156,6 +161,7 @@ def fit(
                 **sums.metrics,
                 "num_scored_tokens": sums.tokens,
                 **_filling(train.stream.filling(portion.bins), len(groups), time.monotonic() - started),
+                **drift.after_step(),
             }
         )
         if spike := spikes.note(sums.loss):

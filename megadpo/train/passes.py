@@ -31,11 +31,12 @@ def run_schedule(
     context: ParallelContext,
     forward_only: bool,
     asked: Asked = NOTHING,
+    as_trained: bool = False,
 ) -> list:
     """Megatron-Core's pipeline schedule (or its loop without a pipeline) over the micro-batches.
 
-    asked: of the head. Returns what `on_last_stage` put last, per micro-batch in order; an empty list on earlier
-    stages.
+    asked: of the head. as_trained: without a gradient, but in FP8 as with one (see `learning_nothing`). Returns what
+    `on_last_stage` put last, per micro-batch in order; an empty list on earlier stages.
     """
 
     def forward_step(iterator: Iterator[PackedBatch], chunk: Any) -> tuple[HeadOutput | Tensor, Callable]:
@@ -44,7 +45,7 @@ def run_schedule(
         return chunk(batch, asked), lambda output: on_last_stage(batch, output)
 
     moved = [batch.to(context.device) for batch in batches]
-    with learning_nothing(chunks) if forward_only else nullcontext():
+    with learning_nothing(chunks) if forward_only and not as_trained else nullcontext():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(moved) for _ in chunks],
@@ -144,16 +145,23 @@ def forward(
 
 @torch.no_grad()
 def score(
-    chunks: Sequence[Any], batches: Sequence[PackedBatch], context: ParallelContext, hidden: bool = False
+    chunks: Sequence[Any],
+    batches: Sequence[PackedBatch],
+    context: ParallelContext,
+    hidden: bool = False,
+    as_trained: bool = False,
 ) -> list[Scores]:
-    """Log-probabilities of each micro-batch, in order; an empty list except on the last stage. hidden: see Scores."""
+    """Log-probabilities of each micro-batch, in order; an empty list except on the last stage. hidden: see Scores.
+    as_trained: see `run_schedule`."""
 
     def keep(batch: PackedBatch, output: HeadOutput) -> tuple[Tensor, Tensor, Scores]:
         scores = Scores(response_sums(output.logprob_N, batch, backend), output.logprob_N, output.hidden_ND)
         return scores.sums_S.sum(), torch.zeros((), dtype=torch.int, device=context.device), scores
 
     backend = kernels_of(chunks)
-    return run_schedule(chunks, batches, keep, context, forward_only=True, asked=Asked(hidden=hidden))
+    return run_schedule(
+        chunks, batches, keep, context, forward_only=True, asked=Asked(hidden=hidden), as_trained=as_trained
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megadpo import checkpoint
-from megadpo.config import Config
+from megadpo.config import Config, ModelConfig
 from megadpo.convert.hf_files import weights_digest, weights_warnings
 from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
@@ -20,6 +20,7 @@ from megadpo.errors import ConfigError
 from megadpo.model.attention import choose_backend
 from megadpo.model.build import DTYPES, build_chunks, check_machine
 from megadpo.model.fp8 import precision
+from megadpo.model.fp8_emulation import Rounding, rounded_layers
 from megadpo.model.policy import Policy
 from megadpo.model.reference import build_reference
 from megadpo.objectives.names import title
@@ -156,7 +157,7 @@ def _scored(
     some = known[np.unique(np.linspace(0, len(known) - 1, min(config.reference.check_groups, len(known))).astype(int))]
     if len(some):
         fresh = score_groups(chunks, stream, some, per_pass, context, lambda done: None)
-        difference = check_column(column, stream, config.model.dtype, fresh)
+        difference = check_column(column, stream, "fp8" if config.model.fp8_format else config.model.dtype, fresh)
         log.line(
             f"reference log-probabilities: those of {len(known)} groups are known from an earlier run; "
             f"{len(some)} groups computed again differ by at most {difference:.1e} nats"
@@ -187,6 +188,7 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         *weights_warnings(config.model.path),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
         f"layers     {layers}; {config.model.dtype} on {context.device.type}",
+        *_fp8(config.model, shape.num_layers),
         f"attention  {attention} ({why})",
         f"grid       {grid_text}",
         f"objective  {title(config.objective)}",
@@ -198,6 +200,18 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
         f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens "
         f"(a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
         f"optimizer  AdamW, distributed: {'yes' if parallel.use_distributed_optimizer else 'no'}",
+    ]
+
+
+def _fp8(model: ModelConfig, num_layers: int) -> list[str]:
+    """What of an emulation of FP8 is said."""
+    rounding = Rounding.of(model)
+    if rounding is None:
+        return []
+    layers = sum(rounded_layers(model, num_layers))
+    return [
+        f"fp8        emulated: {rounding.recipe}, gradients in {rounding.gradients}, products of {layers} of "
+        f"{num_layers} layers; its numbers, not its speed"
     ]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
 from megadpo.errors import NumericsError
+from megadpo.model.fp8_emulation import amaxes_noted
 from megadpo.model.head import Asked, HeadOutput
 from megadpo.objectives import Objective, Outcome, Sequences, across
 from megadpo.parallel.context import ParallelContext
@@ -69,7 +70,8 @@ def train_step(
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False, asked=asked)
+    with amaxes_noted(state.chunks, context):
+        results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False, asked=asked)
     before_update()
     sums = read(total(results, objective, context) if totals is None else totals, objective, context)
     if not math.isfinite(sums.loss):

@@ -59,6 +59,8 @@ class Case:
     bucket_size: int | None = None
     evaluated: bool = False
     logprob_backend: Backend = "auto"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """More settings of the run file's model section."""
 
     @property
     def live(self) -> bool:
@@ -67,7 +69,8 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(str(self.folder), self.dtype, recompute=self.recompute, logprob_backend=self.logprob_backend)
+        how = {"recompute": self.recompute, "logprob_backend": self.logprob_backend, **self.model_options}
+        return ModelConfig(str(self.folder), self.dtype, **how)
 
     @property
     def parallel(self) -> ParallelConfig:
