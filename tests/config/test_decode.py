@@ -114,7 +114,7 @@ MISTAKES = [
     # choices
     ("objective: {loss_type: dpoo}\n", 'objective.loss_type = "dpoo": is no objective; did you mean dpo? There are dpo, robust'),
     ("objective: {loss_type: [dpo]}\n", 'objective.loss_type = ["dpo"]: must be one name; for several objectives write loss_type: mix'),
-    ("reference: {mode: residant}\n", 'reference.mode = "residant": must be one of precomputed, resident (did you mean resident?)'),
+    ("reference: {mode: residant}\n", 'reference.mode = "residant": must be one of precomputed, resident, swapped (did you mean resident?)'),
     ("optimizer: {lr_scheduler_type: step}\n", "must be one of cosine, linear, constant"),
     ("export: {dtype: bf16}\n", 'must be one of bfloat16, float16, float32 (did you mean bfloat16?) or null'),
     # sizes and ranges
