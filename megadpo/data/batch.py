@@ -88,12 +88,23 @@ def stream_tokens(store: GroupStore | MismatchedStore, share: bool = True, scala
     return (prompt * copies + np.bincount(group_S, response, len(prompt))).astype(np.int64)
 
 
-def attention_area(store: GroupStore | MismatchedStore, share: bool = True, scalar: bool = False) -> np.ndarray:
-    """float64 [G]: attended pairs of rows in each group; what attention costs beyond the linear layers."""
+def attention_area(
+    store: GroupStore | MismatchedStore, share: bool = True, scalar: bool = False, window: int | None = None
+) -> np.ndarray:
+    """float64 [G]: attended pairs of rows in each group; what attention costs beyond the linear layers.
+
+    window: a row attends only to the last so many rows, itself included.
+    """
     prompt, response, group_S = _lengths(store, scalar)
-    own = response * (response + 1) / 2 + response * prompt[group_S]
+    own = _triangle(prompt[group_S] + response, window) - _triangle(prompt[group_S], window)
     copies = 1 if share else np.diff(store.offsets)
-    return prompt * (prompt + 1) / 2 * copies + np.bincount(group_S, own, len(prompt))
+    return _triangle(prompt, window) * copies + np.bincount(group_S, own, len(prompt))
+
+
+def _triangle(rows: np.ndarray, window: int | None) -> np.ndarray:
+    """Attended pairs of a sequence of so many rows."""
+    steep = rows if window is None else np.minimum(rows, window)
+    return steep * (steep + 1) / 2 + (rows - steep) * steep
 
 
 def _lengths(store: GroupStore | MismatchedStore, scalar: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megadpo.convert.shape import ModelShape
+from megadpo.data.batch import attention_area
+from megadpo.data.mismatch import MismatchedStore
+from megadpo.data.store import GroupStore
 
 TRAINING = 3
 """Forward passes' worth of work in forward and backward: each product has two in the backward pass."""
@@ -38,3 +43,14 @@ def forward_flops(shape: ModelShape) -> Flops:
         per_pair=2 * shape.num_layers * shape.pair_multiplications,
         per_scored=2 * shape.hidden_size * outputs,
     )
+
+
+def attended_pairs(shape: ModelShape, store: GroupStore | MismatchedStore) -> np.ndarray:
+    """float64 [G]: pairs of rows of each group of which one attends to the other, the mean over the layers: those with
+    a window count what is inside it. The prompt stands once."""
+    scalar = shape.head != "vocabulary"
+    whole = attention_area(store, scalar=scalar)
+    if shape.window is None:
+        return whole
+    share = sum(shape.window.layers) / shape.num_layers
+    return (1 - share) * whole + share * attention_area(store, scalar=scalar, window=shape.window.size)

@@ -88,6 +88,12 @@ class ParallelContext:
         torch.distributed.broadcast(values, 0)
         return values
 
+    def most(self, value: float) -> float:
+        """The largest of all ranks of the world."""
+        seen = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return float(seen)
+
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any rank of the world; one exchange for all."""
         seen = torch.tensor([float(flag) for flag in flags], device=self.device)

@@ -14,8 +14,9 @@ import numpy as np
 
 from megadpo import checkpoint
 from megadpo.config import Config
-from megadpo.data.stream import Filling, Scored, Stream
+from megadpo.data.stream import Scored, Stream
 from megadpo.errors import NumericsError
+from megadpo.observe.memory import peak_memory
 from megadpo.observe.spikes import Spikes
 from megadpo.parallel.context import ParallelContext
 from megadpo.parallel.watchdog import Watchdog
@@ -24,6 +25,7 @@ from megadpo.train.evaluate import evaluate
 from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
 from megadpo.train.portions import Portions
+from megadpo.train.speed import Meter, peak_flops
 from megadpo.train.state import TrainState
 from megadpo.train.step import NotFiniteError, Sums, train_step
 from megadpo.train.swapped import SwappedPortions
@@ -116,6 +118,8 @@ def fit(
     drift = DriftWatch(
         state, train.stream, config, context, groups_per_pass(config), lambda: watch.slowly("FP8's probe")
     )
+    peak = peak_flops(context.device, config.model.dtype)
+    meter = Meter(state.modules[0].shape, train.stream, context.world_size, peak)
     spikes = Spikes()
     left_out: set[int] = set()
 
@@ -151,6 +155,7 @@ def fit(
             left_out.add(state.step)
             _rewind(state, error, saver, config, log)
             continue
+        seconds, memory = time.monotonic() - started, context.most(peak_memory(context.device))
         log.step(
             {
                 "step": state.step,
@@ -160,7 +165,7 @@ def fit(
                 "learning_rate": rate,
                 **sums.metrics,
                 "num_scored_tokens": sums.tokens,
-                **_filling(train.stream.filling(portion.bins), len(groups), time.monotonic() - started),
+                **meter.step(portion.bins, sums.tokens, seconds, memory),
                 **drift.after_step(),
             }
         )
@@ -194,19 +199,6 @@ def _portions(
     if reference is not None and config.reference.mode == "swapped":
         return SwappedPortions(*of_run, reference, config.reference.swap_steps, on_visit)
     return Portions(*of_run, reference)
-
-
-def _filling(filling: Filling, groups: int, seconds: float) -> dict[str, float]:
-    """How full the step was, and how fast."""
-    return {
-        "num_tokens": filling.rows,
-        "padding_fraction": filling.padding_fraction,
-        "prompt_tokens_saved": filling.prompt_tokens_saved,
-        "load_imbalance": filling.load_imbalance,
-        "seconds": seconds,
-        "pairs_per_second": groups / seconds,
-        "tokens_per_second": filling.rows / seconds,
-    }
 
 
 def _leave_out(state: TrainState, count: int, groups: int, log: Log) -> None:
