@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,20 @@ from megadpo.train.score import check_column, fill_column, known_groups, referen
 from megadpo.train.state import TrainState
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Where weights come from."""
+
+    fill: Callable[[list[Policy], ModelShape, Path], object]
+    """Fills this rank's chunks of a model of that shape; its folder may be looked at."""
+    digest: Callable[[Path], str]
+    """Tells those of one folder from those of another."""
+
+
+STORED = Weights(load_hf, weights_digest)
+"""They are read from the folder."""
+
+
 def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
@@ -66,11 +81,7 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     """0 at the end of the run; the stop signal's exit code where one came first."""
     streams = _streams(config, inputs.stores, inputs, context)
     log.banner(_banner(config, inputs, streams[0], context))
-    policy = _load(config, inputs.shape, config.model.path, context)
-    length = run_length(config, len(inputs.train))
-    scored, reference = _with_reference(config, inputs, streams, [length.groups, None], policy, context, log)
-    chunks = wrap(policy, config.parallel)
-    state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
+    state, scored, reference = assembled(config, inputs, streams, context, log)
     newest = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
     if newest is not None:
         log.line(f"going on from {newest}")
@@ -82,15 +93,34 @@ def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog
     return 0 if finished else stop.exit_code
 
 
+def assembled(
+    config: Config,
+    inputs: Inputs,
+    streams: list[Stream],
+    context: ParallelContext,
+    log: RunLog,
+    weights: Weights = STORED,
+) -> tuple[TrainState, list[Scored], list[Policy] | None]:
+    """A run before its first step: policy and optimizer, the streams with what the reference says of them, and the
+    reference itself where it is resident."""
+    policy = _load(config, inputs.shape, config.model.path, context, weights)
+    counts = [run_length(config, len(inputs.train)).groups, None]
+    scored, reference = _with_reference(config, inputs, streams, counts, policy, context, log, weights=weights)
+    chunks = wrap(policy, config.parallel)
+    return TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel)), scored, reference
+
+
 def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:
     """The training stream, then the held-out one where there is one."""
     cost = inputs.shape.attended_pair_cost
     return open_streams(config, stores, context.data_size, cost, fixed_length=context.device.type == "cuda")
 
 
-def _load(config: Config, shape: ModelShape, folder: str, context: ParallelContext) -> list[Policy]:
+def _load(
+    config: Config, shape: ModelShape, folder: str, context: ParallelContext, weights: Weights = STORED
+) -> list[Policy]:
     chunks = build_chunks(shape, config.parallel, context, config.model)
-    load_hf(chunks, shape, Path(folder).expanduser())
+    weights.fill(chunks, shape, Path(folder).expanduser())
     return chunks
 
 
@@ -103,6 +133,7 @@ def _with_reference(
     context: ParallelContext,
     log: RunLog,
     always: bool = False,
+    weights: Weights = STORED,
 ) -> tuple[list[Scored], list[Policy] | None]:
     """The streams with the reference's log-probabilities, or a resident or swapped reference, as the run file says.
 
@@ -117,12 +148,12 @@ def _with_reference(
             Scored(stream, None, None if other is None else Scored(other, None))
             for stream, other in zip(streams, others, strict=False)
         ]
-        return scored, _reference_model(config, inputs, context)
-    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context)
-    weights = weights_digest(Path(config.reference.path or config.model.path).expanduser())
+        return scored, _reference_model(config, inputs, context, weights)
+    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context, weights)
+    digest = weights.digest(Path(config.reference.path or config.model.path).expanduser())
 
     def with_column(stream: Stream, count: int | None) -> Scored:
-        return _scored(config, stream, stream.groups_within(count), chunks, weights, context, log)
+        return _scored(config, stream, stream.groups_within(count), chunks, digest, context, log)
 
     return [
         replace(with_column(stream, count), mismatched=None if other is None else with_column(other, None))
@@ -130,11 +161,13 @@ def _with_reference(
     ], None
 
 
-def _reference_model(config: Config, inputs: Inputs, context: ParallelContext) -> list[Policy]:
+def _reference_model(
+    config: Config, inputs: Inputs, context: ParallelContext, weights: Weights = STORED
+) -> list[Policy]:
     """A second model in the policy's own layout, frozen."""
     shape, reference = inputs.reference_shape, config.reference
     chunks = build_reference(shape, config.parallel, context, config.model, reference.fp8_weights)
-    load_hf(chunks, shape, Path(reference.path or config.model.path).expanduser())
+    weights.fill(chunks, shape, Path(reference.path or config.model.path).expanduser())
     return chunks
 
 
