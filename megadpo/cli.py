@@ -15,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megadpo.errors import CheckpointError, DataError, MegadpoError
+from megadpo.errors import CheckpointError, ConfigError, DataError, MegadpoError
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank, joined
 
 if TYPE_CHECKING:
     from megadpo.config import Config
     from megadpo.launch import Job
+    from megadpo.train.bench import Asked
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +104,7 @@ def _parser() -> Parser:
     )
     inspect.add_argument("--eval", action="store_true", help="of data.eval, not of data.train")
     inspect.add_argument("--ids", action="store_true", help="print token ids too")
+    _bench_options(add("bench", _bench, "Measure the speed of a run's steps, without training."))
     _add_conversion(add)
     _launch_options(add("launch", _launch, "Train as a SLURM job; on this machine where there is no SLURM."))
     status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
@@ -145,6 +147,45 @@ def _launch_options(parser: argparse.ArgumentParser) -> None:
     option("--sbatch", "any other option of sbatch; may be repeated", metavar="KEY=VALUE", action="append")
     parser.add_argument("--preflight", action="store_true", help="check the nodes before every start")
     parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and where it is told; docs/bench.md explains."""
+
+    def option(name: str, text: str, **more: Any) -> None:
+        parser.add_argument(name, help=text, **more)
+
+    option("--steps", "measured steps (default 10)", type=_positive(int), default=10, metavar="N")
+    option("--warm-up", "steps before them (default 3)", type=_positive(int), default=3, metavar="N")
+    option("--synthetic", "random pairs and weights; model.path needs only a config.json", action="store_true")
+    option("--prompt", "mean tokens of random prompts (default 512)", type=_positive(int), default=512, metavar="N")
+    option("--response", "mean tokens of random responses (default 256)", type=_positive(int), default=256, metavar="N")
+    option(
+        "--spread",
+        "standard deviation of the logarithm of random lengths (default 0.6; 0: all alike)",
+        type=_at_least_zero,
+        default=0.6,
+        metavar="S",
+    )
+    option("--trace", "write a trace of one more step for Perfetto, a file for each rank", metavar="FILE")
+    option(
+        "--sweep",
+        "measure every combination, as parallel.tensor_model_parallel_size=1,2 model.recompute=none,full",
+        nargs="+",
+        metavar="KEY=A,B",
+    )
+    option("--json", "print one JSON object (with --sweep one a line)", action="store_true")
+    option("--append", "add a row to this Markdown table", metavar="FILE")
+
+
+def _at_least_zero(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10")
+    return value
+
+
+_at_least_zero.__name__ = "number"
 
 
 def _add_conversion(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -272,6 +313,61 @@ def _evaluate_rank(checkpoint: str | None, kl: bool, config: Config, rank: Rank)
     from megadpo.train.run import run_evaluation
 
     return run_evaluation(config, checkpoint, kl, rank)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from megadpo.data.synthetic import Lengths
+    from megadpo.train.bench import Asked
+
+    given = [options.run_file, *options.overrides]
+    given += ["--synthetic"] if options.synthetic else []
+    for name in ("steps", "warm_up", *(("prompt", "response", "spread") if options.synthetic else ())):
+        given += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.sweep:
+        return _sweep(options, given)
+    config = _config(options)
+    lengths = Lengths(options.prompt, options.response, options.spread, config.data.max_length)
+    asked = Asked(
+        steps=options.steps,
+        warm_up=options.warm_up,
+        synthetic=lengths if options.synthetic else None,
+        trace=options.trace,
+        as_json=options.json,
+        append=options.append,
+        command=f"megadpo bench {shlex.join(given)}",
+    )
+    # apart from a run's own logs: one may be going on there
+    config = replace(config, run_dir=str(Path(config.run_dir) / "bench"))
+    return _start(config, partial(_bench_rank, asked))
+
+
+def _bench_rank(asked: Asked, config: Config, rank: Rank) -> int:
+    from megadpo.train.bench import run_bench
+
+    return run_bench(asked, config, rank)
+
+
+def _sweep(options: argparse.Namespace, given: list[str]) -> int:
+    """0 where at least one combination could be measured."""
+    from megadpo.sweep import HEAD, cells, combinations, swept
+
+    if joined(os.environ) is not None:
+        raise ConfigError("--sweep starts processes of its own for every combination: leave torchrun or srun out")
+    if options.trace:
+        raise ConfigError("--trace is of one setting: leave --sweep out")
+    combinations(options.sweep)
+    _config(options)
+    given += ["--append", options.append] if options.append else []
+    measured = 0
+    for number, one in enumerate(swept(given, options.sweep)):
+        measured += one.found is not None
+        if options.json:
+            print(json.dumps(asdict(one)), flush=True)
+        else:
+            lines = [HEAD, ["---"] * len(HEAD)] if number == 0 else []
+            for line in [*lines, cells(one)]:
+                print(f"| {' | '.join(line)} |", flush=True)
+    return 0 if measured else 1
 
 
 def _start(config: Config, job: Job, max_restarts: int = 0) -> int:
