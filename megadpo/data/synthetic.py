@@ -36,7 +36,7 @@ def random_groups(count: int, lengths: Lengths, vocab: int, seed: int, wanted: W
 
     def length(mean: int, most: int) -> int:
         drawn = rng.lognormal(np.log(mean) - lengths.spread**2 / 2, lengths.spread)
-        return int(np.clip(drawn, 1, most))
+        return int(np.clip(np.rint(drawn), 1, most))
 
     def ids(size: int) -> np.ndarray:
         return rng.integers(3, vocab, size).astype(np.int32)
