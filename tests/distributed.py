@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,14 +23,21 @@ with quiet():
     import megadpo.train.loop  # noqa: F401
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    method: Literal["fork", "spawn"] = "fork",
+) -> list[Any]:
     """Call `function(device, *args)` in `world` ranks; returns every rank's result (anything torch.save takes).
 
     A rank that raises fails the test with its traceback; the others are killed. So are all after `timeout` seconds.
+    method: spawn where a rank or this process uses CUDA.
     """
     with tempfile.TemporaryDirectory() as folder:
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=_rank, args=(rank, world, Path(folder), function, args)) for rank in range(world)]
+        start: Any = multiprocessing.get_context(method)
+        ranks = [start.Process(target=_rank, args=(rank, world, Path(folder), function, args)) for rank in range(world)]
         for process in ranks:
             process.start()
         try:
@@ -66,7 +73,7 @@ def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], arg
         try:
             from megadpo.parallel.context import join_world
 
-            device = join_world(rank, world, 0, f"file://{folder}/rendezvous")
+            device = join_world(rank, world, rank, f"file://{folder}/rendezvous")
             result = function(device, *args)
             torch.save(result, folder / f"{rank}.tmp")
             os.replace(folder / f"{rank}.tmp", folder / f"{rank}.pt")

@@ -7,6 +7,8 @@
 every response in its own row after its prompt, filled up to the longest row of the micro-batch. packed: responses one
 after the other, each after its prompt. shared: the prompt once for both. Lengths are log-normal.
 
+TRL's sides may be named here too: trl, trl-precomputed, trl-liger. On a GPU use --device cuda --dtype bfloat16 --alone.
+
 --against trl: TRL's DPOTrainer on the same model and the same token ids, in file order. TRL computes its reference in
 every step (`trl`) or ahead (`trl-precomputed`); megadpo ahead. So two comparisons are made: with the reference on both
 sides (megadpo's pass is added to its steps) and without it on either.
@@ -37,30 +39,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from make_demo import SPECIAL_TOKENS, write_tokenizer
 from step_sides import LAYOUTS, TRL, Work
 
 from megadpo.config import DataConfig
+from megadpo.data import synthetic
 from megadpo.data.kinds import Wanted
 from megadpo.data.prepare import prepare
 from megadpo.data.records import Group, read_groups
-from megadpo.data.report import Tally
-from megadpo.data.store import GroupStore, StoreWriter
+from megadpo.data.store import GroupStore
+from megadpo.data.synthetic import Lengths, random_groups
 from megadpo.data.tokenize import TokenizedGroup
 from megadpo.errors import MegadpoError
 
-LOSSES_APART = 1e-3
-"""Nats between the losses of two sides at the same step, from which on they do not do the same work."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of random pairs: means, and the standard deviation of the logarithm."""
-
-    prompt: int
-    response: int
-    spread: float
-    most: int
-    """Of prompt + one response."""
+SIDES = (*LAYOUTS, *TRL)
+AGAINST = ("trl", "trl-precomputed")
+LOSSES_APART = {"float32": 1e-3, "bfloat16": 3e-2}
+"""Nats between the losses of two sides at the same step, from which on they do not do the same work. In bfloat16 a
+response's log-probability has an error of tenths of a nat, of which the loss has beta, averaged over a batch."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,8 @@ class ModelSize:
 # What the sides work on ------------------------------------------------------------------------------------
 
 
-def write_model(folder: Path, size: ModelSize, seed: int) -> int:
-    """A Llama with random weights, float32; its number of parameters."""
+def write_model(folder: Path, size: ModelSize, seed: int, dtype: str = "float32", device: str = "cpu") -> int:
+    """A Llama with random weights; its number of parameters. device: where they are drawn."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,45 +90,25 @@ def write_model(folder: Path, size: ModelSize, seed: int) -> int:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-        dtype="float32",
+        dtype=dtype,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     return int(sum(parameter.numel() for parameter in model.parameters()))
-
-
-def random_pairs(count: int, lengths: Lengths, vocab: int, seed: int) -> list[TokenizedGroup]:
-    """Pairs of random tokens with log-normal lengths."""
-    rng = np.random.default_rng(seed)
-
-    def length(mean: int, most: int) -> int:
-        drawn = rng.lognormal(np.log(mean) - lengths.spread**2 / 2, lengths.spread)
-        return int(np.clip(drawn, 1, most))
-
-    def ids(size: int) -> np.ndarray:
-        return rng.integers(3, vocab, size).astype(np.int32)
-
-    pairs = []
-    for number in range(count):
-        responses = tuple(ids(length(lengths.response, lengths.most // 2)) for _ in range(2))
-        most = lengths.most - max(len(response) for response in responses)
-        pairs.append(TokenizedGroup(f"random[{number}]", ids(length(lengths.prompt, most)), responses))
-    return pairs
 
 
 def write_store(folder: Path, pairs: Sequence[TokenizedGroup], vocab: int) -> GroupStore:
     """The pairs as a store, and as JSON lines for a side that does not know stores."""
     folder.mkdir(parents=True)
-    with StoreWriter(folder, vocab) as writer:
-        writer.add(pairs)
-        writer.finish(replace(Tally().report("none", 0.0), groups=len(pairs)))
+    store = synthetic.write_store(folder, pairs, vocab)
     with (folder / "pairs.jsonl").open("w") as file:
         for pair in pairs:
             chosen, rejected = (ids.tolist() for ids in pair.response_ids)
             row = {"prompt_ids": pair.prompt_ids.tolist(), "chosen_ids": chosen, "rejected_ids": rejected}
             file.write(json.dumps(row) + "\n")
-    return GroupStore.open(folder)
+    return store
 
 
 def texts(data: Path) -> Iterator[str]:
@@ -235,6 +211,14 @@ def take_turns(sides: list[Side], steps: int) -> None:
         side.memory = side.ask("end")
 
 
+def alone(side: Side, steps: int) -> Side:
+    """All its turns, then its end: for sides that do not fit on a GPU together."""
+    take_turns([side], steps)
+    for process in side.processes:
+        process.wait()
+    return side
+
+
 # Figures ---------------------------------------------------------------------------------------------------
 
 
@@ -304,11 +288,11 @@ def against_table(ours: Side, trl: Side, trl_ahead: Side, batch: int, warm_up: i
     return table(rows)
 
 
-def same_losses(sides: list[Side]) -> str:
+def same_losses(sides: list[Side], most: float = LOSSES_APART["float32"]) -> str:
     """Says how far the losses of the same step are apart; raises SideFailedError where they are not the same."""
     losses = [values(side.steps, "loss") for side in sides]
     apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
-    if apart > LOSSES_APART:
+    if apart > most:
         raise SideFailedError(f"the sides do not train the same thing: losses of one step are {apart:.1e} apart")
     return f"Losses of the same step are at most {apart:.1e} apart."
 
@@ -337,26 +321,44 @@ def machine() -> str:
 
 def compare(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     names = args.compare.split(",")
-    if unknown := set(names) - set(LAYOUTS):
-        raise SideFailedError(f"--compare {args.compare}: {', '.join(unknown)} is not one of {', '.join(LAYOUTS)}")
+    if unknown := set(names) - {*LAYOUTS, *TRL}:
+        raise SideFailedError(f"--compare {args.compare}: {', '.join(unknown)} is not one of {', '.join(SIDES)}")
     steps = args.warm_up + args.repeats
     size = _size(args)
     lengths = Lengths(args.prompt, args.response, args.spread, args.max_length)
-    parameters = write_model(folder / "model", size, args.seed)
-    store = write_store(folder / "store", random_pairs(steps * args.batch, lengths, size.vocab, args.seed), size.vocab)
+    parameters = write_model(folder / "model", size, args.seed, args.dtype, args.device)
+    if set(names) & {*TRL}:  # which wants a tokenizer, for the id that it pads with
+        write_tokenizer(folder / "model", iter(()), 256 + len(SPECIAL_TOKENS), size.positions)
+    store = write_store(
+        folder / "store", random_groups(steps * args.batch, lengths, size.vocab, args.seed, Wanted("pairs")), size.vocab
+    )
     yield _about(parameters, store, args)
     work = Work("", str(folder / "model"), str(folder / "store"), args.batch, args.micro, steps, args.threads)
-    work = replace(work, ranks=args.ranks)
-    sides = [start(name, replace(work, side=name), sys.executable, folder) for name in names]
-    take_turns(sides, steps)
+    work = replace(work, ranks=args.ranks, dtype=args.dtype, on_gpu=args.device == "cuda")
+    work = replace(work, budget=args.budget, recompute=args.recompute)
+
+    def begun(name: str) -> Side:
+        theirs = name in TRL
+        own = replace(
+            work,
+            side=name,
+            micro=(args.trl_micro or args.micro) if theirs else args.micro,
+            ranks=1 if theirs else args.ranks,
+        )
+        return start(name, own, args.trl_python if theirs else sys.executable, folder)
+
+    if args.alone:
+        sides = [alone(begun(name), steps) for name in names]
+    else:
+        sides = [begun(name) for name in names]
+        take_turns(sides, steps)
     yield side_table(sides, args.batch, args.warm_up)
-    yield compare_table(sides, args.warm_up)
-    yield same_losses(sides)
+    if len(sides) > 1:
+        yield compare_table(sides, args.warm_up)
+        yield same_losses(sides, LOSSES_APART[args.dtype])
 
 
 def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
-    from make_demo import write_tokenizer
-
     if args.data is None:
         raise SideFailedError("--against trl needs --data FILE")
     steps, model = args.warm_up + args.repeats, folder / "model"
@@ -371,7 +373,7 @@ def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
     work = Work("", str(model), str(folder / "store"), args.batch, args.micro, steps, args.threads)
     own = replace(work, side="shared", micro=None, threads=args.threads // args.ranks, ranks=args.ranks)
     ours = start("shared", own, sys.executable, folder)
-    theirs = [start(name, replace(work, side=name), args.trl_python, folder) for name in TRL]
+    theirs = [start(name, replace(work, side=name), args.trl_python, folder) for name in AGAINST]
     take_turns([theirs[0], ours, theirs[1]], steps)
     yield side_table([ours, *theirs], args.batch, args.warm_up)
     yield against_table(ours, theirs[0], theirs[1], args.batch, args.warm_up)
@@ -382,7 +384,7 @@ def against(args: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 
 def _size(args: argparse.Namespace) -> ModelSize:
-    return ModelSize(args.vocab, args.hidden, args.layers, args.ffn, positions=args.max_length + 16)
+    return ModelSize(args.vocab, args.hidden, args.layers, args.ffn, args.heads, args.kv_heads, args.max_length + 16)
 
 
 def _about(parameters: int, store: GroupStore, args: argparse.Namespace) -> str:
@@ -390,9 +392,10 @@ def _about(parameters: int, store: GroupStore, args: argparse.Namespace) -> str:
     both = np.add.reduceat(store.response_lengths, store.offsets[:-1])
     return (
         f"Llama of {parameters / 1e6:.1f} M parameters ({args.layers} layers, hidden {args.hidden}, vocabulary "
-        f"{args.vocab}), float32. {len(store)} pairs: prompts of {prompt.mean():.0f} tokens on average, responses of "
-        f"{both.mean() / 2:.0f}; prompt tokens are {prompt.sum() / (prompt.sum() + both.sum()):.0%} of prompt + chosen "
-        f"+ rejected. {args.batch} pairs per update, {args.warm_up} + {args.repeats} updates, {args.threads} threads."
+        f"{args.vocab}), {args.dtype}. {len(store)} pairs: prompts of {prompt.mean():.0f} tokens on average, responses "
+        f"of {both.mean() / 2:.0f}; prompt tokens are {prompt.sum() / (prompt.sum() + both.sum()):.0%} of prompt + "
+        f"chosen + rejected. {args.batch} pairs per update, {args.warm_up} + {args.repeats} updates, {args.threads} "
+        "threads."
     )
 
 
@@ -421,6 +424,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--ffn", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all sides (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="for --compare")
+    parser.add_argument("--alone", action="store_true", help="one side after the other: where two do not fit on a GPU")
+    parser.add_argument("--budget", type=int, help="rows of a stream, of packed and shared (chosen from the pairs)")
+    parser.add_argument("--trl-micro", type=int, help="most pairs in TRL's forward pass, for --compare (--micro)")
+    parser.add_argument("--recompute", action="store_true", help="layers again in the backward pass, on all sides")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megadpo.data.store import GroupStore
 
 LAYOUTS = ("padded", "packed", "shared")
-TRL = ("trl", "trl-precomputed")
+TRL = ("trl", "trl-precomputed", "trl-liger")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,21 @@ class Work:
     rendezvous: str = ""
     learning_rate: float = 1e-6
     beta: float = 0.1
+    dtype: str = "float32"
+    """bfloat16: megadpo keeps float32 masters of bfloat16 weights, TRL float32 weights and autocasts."""
+    on_gpu: bool = False
+    budget: int | None = None
+    """Rows of a stream, for packed and shared; None: chosen from the pairs."""
+    recompute: bool = False
+    """Every layer again in the backward pass."""
 
 
 class Turns:
     """The other end of the pipe, and the clock."""
 
-    def __init__(self, answers: IO[str]) -> None:
+    def __init__(self, answers: IO[str], on_gpu: bool = False) -> None:
         self.answers = answers
+        self.on_gpu = on_gpu
         self.start = memory()["VmRSS"]
 
     def wait(self) -> str:
@@ -65,6 +73,10 @@ class Turns:
         return word
 
     def done(self, **more: Any) -> None:
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
         record = {"seconds": time.perf_counter() - self._then, "processor": time.process_time() - self._processor}
         self.say(record | more)
 
@@ -72,7 +84,13 @@ class Turns:
         self.say({"ready": True})
 
     def end(self) -> None:
-        """MiB at the highest, over what the process took with its libraries loaded."""
+        """MiB at the highest: on a GPU what torch allocated there, on a CPU what the process took over what it had with
+        its libraries loaded."""
+        if self.on_gpu:
+            import torch
+
+            self.say({"peak": torch.cuda.max_memory_allocated() / 2**20})
+            return
         self.say({"peak": memory()["VmHWM"] - self.start})
 
     def say(self, record: dict[str, Any]) -> None:
@@ -107,14 +125,14 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     from megadpo.train.step import train_step
 
     torch.set_num_threads(work.threads)
-    turns = Turns(answers)
+    turns = Turns(answers, work.on_gpu)
     folder, parallel = Path(work.model), ParallelConfig(data_parallel_size=work.ranks)
     config = Config(
         run_dir="",
-        model=ModelConfig(work.model, "float32"),
+        model=ModelConfig(work.model, work.dtype, "full" if work.recompute else "none"),
         data=DataConfig(()),
         parallel=parallel,
-        batch=BatchConfig(work.batch, work.micro, share_prompt=work.side == "shared"),
+        batch=BatchConfig(work.batch, work.micro, work.budget, share_prompt=work.side == "shared"),
         train=TrainConfig(shuffle=False),
     )
     device = join_world(work.rank, work.ranks, 0, work.rendezvous)
@@ -126,7 +144,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
         state = TrainState(chunks, build_optimizer(chunks, config.optimizer, parallel))
         set_learning_rate(state.optimizer, work.learning_rate)
         store, objective = GroupStore.open(Path(work.store)), DPO(beta=work.beta)
-        [stream] = open_streams(config, [store], work.ranks, shape.attended_pair_cost, fixed_length=False)
+        [stream] = open_streams(config, [store], work.ranks, shape.attended_pair_cost, fixed_length=work.on_gpu)
         column = np.full(int(store.offsets[-1]), np.nan, dtype=np.float64)
 
         def batches(consumed: int) -> list[PackedBatch]:
@@ -142,7 +160,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
                 # each rank keeps what it computes: a step deals the same groups to the same ranks
                 mine = batches(scored)
                 for batch, scores in zip(mine, score(modules, mine, context), strict=True):
-                    column[responses(store, batch.groups)] = scores.sums_S.numpy()
+                    column[responses(store, batch.groups)] = scores.sums_S.cpu().numpy()
                 scored += work.batch
                 turns.done()
             else:
@@ -206,7 +224,7 @@ def trl_side(work: Work, answers: IO[str]) -> None:
     from trl import DPOTrainer  # noqa: F401  its imports belong to the start, not to the memory of training
 
     torch.set_num_threads(work.threads)
-    turns = Turns(answers)
+    turns = Turns(answers, work.on_gpu)
 
     class TakeTurns(TrainerCallback):
         began = False
@@ -231,6 +249,10 @@ def trl_side(work: Work, answers: IO[str]) -> None:
         learning_rate=work.learning_rate,
         beta=work.beta,
         precompute_reference=work.side == "trl-precomputed",
+        on_gpu=work.on_gpu,
+        autocast=work.dtype == "bfloat16",
+        liger=work.side == "trl-liger",
+        recompute=work.recompute,
     )
     pairs = other.read_pairs(Path(work.store, "pairs.jsonl"))[: work.steps * work.batch]
     if found := run.problems(len(pairs)):

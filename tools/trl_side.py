@@ -57,6 +57,13 @@ class TrlRun:
     shuffle: bool = False
     precompute_reference: bool = False
     """The reference's log-probabilities in one pass before training instead of at every step."""
+    on_gpu: bool = False
+    autocast: bool = False
+    """Products in bfloat16; weights, gradients and Adam's state stay float32."""
+    liger: bool = False
+    """Liger's kernels, the fused DPO loss among them."""
+    recompute: bool = False
+    """Gradient checkpointing."""
 
     def problems(self, pairs: int) -> list[str]:
         """What makes the run meaningless with so many pairs, one line each."""
@@ -161,9 +168,10 @@ def train(
                 adam_epsilon=1e-8,
                 train_sampling_strategy="random" if run.shuffle else "sequential",
                 seed=run.seed,
-                bf16=False,
-                gradient_checkpointing=False,
-                use_cpu=True,
+                bf16=run.autocast,
+                gradient_checkpointing=run.recompute,
+                use_cpu=not run.on_gpu,
+                use_liger_kernel=run.liger,
                 dataloader_num_workers=0,
                 logging_steps=1,
                 logging_nan_inf_filter=False,

@@ -334,7 +334,9 @@ def _head_hooks(head: Any, parts: Parts) -> list[Any]:
 def _tell(asked: Asked, config: Config, inputs: Inputs, measured: Measured, device: torch.device) -> None:
     found = versions()
     attention, _ = choose_backend(device, DTYPES[config.model.dtype], inputs.shape)
-    setting = Setting.of(config, inputs.shape, found, attention, mcore_fixes.have_te(), asked.command)
+    setting = Setting.of(
+        config, inputs.shape, found, device.type == "cuda", attention, mcore_fixes.have_te(), asked.command
+    )
     if asked.append is not None:
         append_row(Path(asked.append).expanduser(), setting, measured)
     out = sys.__stdout__

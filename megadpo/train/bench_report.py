@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import subprocess
 import time
@@ -94,11 +96,18 @@ class Setting:
 
     @staticmethod
     def of(
-        config: Config, shape: ModelShape, found: dict[str, str | list[str]], attention: str, te: bool, command: str
+        config: Config,
+        shape: ModelShape,
+        found: dict[str, str | list[str]],
+        on_gpu: bool,
+        attention: str,
+        te: bool,
+        command: str,
     ) -> Setting:
         """found: as `observe.versions.versions` gives it. attention: the back end. te: whether layers are
         Transformer Engine's."""
-        devices, parallel, model = list(found["devices"]), config.parallel, config.model
+        parallel, model = config.parallel, config.model
+        devices = list(found["devices"]) if on_gpu else [cpu_here()]
         fp8 = f", FP8 {model.fp8_format} {model.fp8_recipe}" if model.fp8_format else ""
         return Setting(
             device=f"{len(devices)} x {devices[0]}" if len(devices) > 1 else devices[0],
@@ -130,6 +139,16 @@ def commit_here() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
     return found.stdout.strip()
+
+
+def cpu_here() -> str:
+    """The processor by its name, and how many of its cores this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} (CPU, {len(os.sched_getaffinity(0))} cores)"
 
 
 def text_of(setting: Setting, measured: Measured) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import step_sides
 import torch
-from bench_step import Lengths, Side
+from bench_step import Side
 from tiny import random_groups
 
 from megadpo.data.batch import pack, stream_tokens
@@ -35,18 +35,6 @@ def test_padded_rows_hold_the_same_responses() -> None:
     assert torch.equal(one.targets_N, plain.targets_N)
     for name in ("tokens_T", "positions_T"):  # the rows that predict are the same rows
         assert torch.equal(getattr(one, name)[one.rows_N], getattr(plain, name)[plain.rows_N])
-
-
-def test_random_pairs_keep_the_limits_and_the_means() -> None:
-    lengths = Lengths(prompt=256, response=128, spread=0.6, most=1024)
-    pairs = bench_step.random_pairs(2000, lengths, 500, 0)
-    prompts = np.array([len(pair.prompt_ids) for pair in pairs])
-    responses = np.array([[len(r) for r in pair.response_ids] for pair in pairs])
-    assert (prompts[:, None] + responses).max() <= 1024
-    assert responses.min() >= 1
-    assert prompts.mean() == pytest.approx(256, rel=0.05)
-    assert responses.mean() == pytest.approx(128, rel=0.05)
-    assert max(int(pair.prompt_ids.max()) for pair in pairs) < 500
 
 
 def side(name: str, *taken: float, loss: float = 0.5) -> Side:
@@ -107,5 +95,6 @@ def test_against_trl(shared, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_step.main(["--compare", "padded,stacked"]) == 2
     assert capsys.readouterr().err == (
-        "bench_step: --compare padded,stacked: stacked is not one of padded, packed, shared\n"
+        "bench_step: --compare padded,stacked: stacked is not one of padded, packed, shared, trl, "
+        "trl-precomputed, trl-liger\n"
     )
