@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-gpu test-long mutants lint parity soak clean
+.PHONY: help install demo test test-gpu bench-gpu test-long mutants lint parity soak clean
 
 help:
 	@echo "make demo     the main job on this machine: a model, preferences, DPO on TP2 x PP2, export (no GPU needed)"
 	@echo "make test     lint, types, layers and all tests"
 	@echo "make test-gpu the tests that need a CUDA device (the others skip them)"
+	@echo "make bench-gpu a Llama of 8B's shape on this machine's GPU, beside TRL; writes tools/results/h200.md"
 	@echo "make test-long the tests that take minutes"
 	@echo "make mutants  puts known mistakes of preference trainers into the objectives; the tests must see every one"
 	@echo "make lint     only lint, types and layers"
@@ -36,6 +37,9 @@ test: lint
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
+
+bench-gpu: install
+	$(BIN)/python tools/bench_gpu.py
 
 test-long: install
 	$(BIN)/python -m pytest -m slow
