@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
 from megadpo.train.bench_report import Measured, PerRank, Setting, append_row, text_of
 from megadpo.train.inputs import Inputs, Shapes, read_inputs, read_shapes
-from megadpo.train.loop import groups_per_pass
+from megadpo.train.loop import groups_per_pass, portions_of, run_length
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
+from megadpo.train.portions import Portions
 from megadpo.train.run import STORED, Weights, assembled
 from megadpo.train.score import score_groups
-from megadpo.train.speed import Meter, peak_flops
+from megadpo.train.speed import Meter
 from megadpo.train.state import TrainState
 from megadpo.train.step import train_step
 
@@ -110,11 +112,12 @@ def _measured(
     pair_cost = inputs.shape.attended_pair_cost
     streams = open_streams(config, inputs.stores, context.data_size, pair_cost, fixed_length=fixed)
     state, [train, *_], reference = assembled(config, inputs, streams, context, log, weights)
-    peak = peak_flops(context.device, config.model.dtype)
-    meter = Meter(inputs.shape, train.stream, context.world_size, peak)
+    meter = Meter.of(inputs.shape, train.stream, config.model.dtype, context)
+    length = run_length(config, len(inputs.train))
+    portions = portions_of(train, length, reference, config, context, lambda: None)
 
     def step(parts: Parts) -> tuple[list[list[Bin]], int]:
-        return _step(state, train, reference, config, context, parts)
+        return _step(state, portions, config, context, parts)
 
     with log.phase("warm-up: steps", asked.warm_up) as progress:
         for number in range(asked.warm_up):
@@ -124,7 +127,7 @@ def _measured(
     dist.barrier()
     parts = Parts(context.device)
     done: list[tuple[list[list[Bin]], int]] = []
-    with log.phase("measured: steps", asked.steps) as progress, _told(parts, state, reference) as calls:
+    with log.phase("measured: steps", asked.steps) as progress, _told(parts, state, portions, reference) as calls:
         for number in range(asked.steps):
             parts.step()
             done.append(step(parts))
@@ -150,7 +153,7 @@ def _measured(
     records = [meter.step(*one, seconds, most) for one, seconds in zip(done, longest, strict=True)]
     ahead = _seconds_ahead(state, train, config, context) if train.column is not None else None
     if asked.trace is not None:
-        _trace(asked.trace, state, reference, context, step)
+        _trace(asked.trace, state, portions, reference, context, step)
     return Measured(records, [own for own, _ in ranks], ahead)
 
 
@@ -161,23 +164,16 @@ def _of_all_ranks(value: Any, context: ParallelContext) -> list[Any]:
 
 
 def _step(
-    state: TrainState,
-    train: Scored,
-    reference: list | None,
-    config: Config,
-    context: ParallelContext,
-    parts: Parts,
+    state: TrainState, portions: Portions, config: Config, context: ParallelContext, parts: Parts
 ) -> tuple[list[list[Bin]], int]:
     """One update, as `train.loop.fit` does it; its bins, and its scored tokens."""
     assert config.train.max_steps is not None
     with parts.part("data"):
+        portion = portions.at(state.consumed)
         set_learning_rate(state.optimizer, learning_rate(config.optimizer, state.step, config.train.max_steps))
-        count = config.batch.global_batch_size
-        bins = train.stream.bins(train.stream.next_groups(state.consumed, count))
-        batches = train.stream.pack(bins[context.data_rank], train.column)
-        mismatched = train.mismatched_batches(state.consumed, count, context.data_rank)
-    sums, _ = train_step(state, batches, config.objective, reference, context, mismatched, config.seed)
-    return bins, sums.tokens
+    what = (portion.batches, config.objective, portions.resident, context, portion.mismatched, config.seed)
+    sums, _ = train_step(state, *what, partial(portions.prepare, state.consumed + len(portion.groups)))
+    return portion.bins, sums.tokens
 
 
 def _seconds_ahead(state: TrainState, train: Scored, config: Config, context: ParallelContext) -> float:
@@ -195,6 +191,7 @@ def _seconds_ahead(state: TrainState, train: Scored, config: Config, context: Pa
 def _trace(
     file: str,
     state: TrainState,
+    portions: Portions,
     reference: list | None,
     context: ParallelContext,
     step: Callable[[Parts], object],
@@ -203,7 +200,7 @@ def _trace(
     path = path.with_name(f"{path.name.partition('.')[0]}-{context.rank}.{path.name.partition('.')[2] or 'json'}")
     parts = Parts(context.device, trace=True)
     dist.barrier()
-    with profiler(str(path)), _told(parts, state, reference):
+    with profiler(str(path)), _told(parts, state, portions, reference):
         step(parts)
         if context.device.type == "cuda":
             torch.cuda.synchronize()
@@ -238,7 +235,7 @@ class Timer:
 
 
 @contextmanager
-def _told(parts: Parts, state: TrainState, reference: list | None) -> Iterator[Calls]:
+def _told(parts: Parts, state: TrainState, portions: Portions, reference: list | None) -> Iterator[Calls]:
     """The stopwatch learns of everything in a step, for the length of a with-block."""
     config = state.modules[0].config
     with ExitStack() as stack:
@@ -248,6 +245,14 @@ def _told(parts: Parts, state: TrainState, reference: list | None) -> Iterator[C
         if reference is not None:
             only = Timers(parts, {"forward-compute": "reference"})
             stack.enter_context(_attribute(reference[0].config, "timers", only))
+            visit = portions.reference
+
+            @contextmanager
+            def visited() -> Iterator[list[Any] | None]:
+                with parts.part("reference"), visit() as chunks:
+                    yield chunks
+
+            stack.enter_context(_attribute(portions, "reference", visited))
         for chunk in state.chunks:
             stack.enter_context(_attribute(chunk, "zero_grad_buffer", _within(parts, chunk.zero_grad_buffer)))
             head = getattr(chunk.module, "output_layer", None)

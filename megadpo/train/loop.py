@@ -25,7 +25,7 @@ from megadpo.train.evaluate import evaluate
 from megadpo.train.nonfinite import Culprit, culprits
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
 from megadpo.train.portions import Portions
-from megadpo.train.speed import Meter, peak_flops
+from megadpo.train.speed import Meter
 from megadpo.train.state import TrainState
 from megadpo.train.step import NotFiniteError, Sums, train_step
 from megadpo.train.swapped import SwappedPortions
@@ -114,12 +114,11 @@ def fit(
     """
     length = run_length(config, len(train.stream.store))
     saver = Saver(state, config, length.steps, context, log)
-    portions = _portions(train, length, reference, config, context, lambda: watch.slowly("the reference's visit"))
+    portions = portions_of(train, length, reference, config, context, lambda: watch.slowly("the reference's visit"))
     drift = DriftWatch(
         state, train.stream, config, context, groups_per_pass(config), lambda: watch.slowly("FP8's probe")
     )
-    peak = peak_flops(context.device, config.model.dtype)
-    meter = Meter(state.modules[0].shape, train.stream, context.world_size, peak)
+    meter = Meter.of(state.modules[0].shape, train.stream, config.model.dtype, context)
     spikes = Spikes()
     left_out: set[int] = set()
 
@@ -187,7 +186,7 @@ def fit(
     return not stopping
 
 
-def _portions(
+def portions_of(
     train: Scored,
     length: Length,
     reference: list | None,
@@ -195,6 +194,7 @@ def _portions(
     context: ParallelContext,
     on_visit: Callable[[], None],
 ) -> Portions:
+    """A run's portions, with the reference that the run file asks for. on_visit: called before a swapped one comes."""
     of_run = (train, config.batch.global_batch_size, length.groups, context)
     if reference is not None and config.reference.mode == "swapped":
         return SwappedPortions(*of_run, reference, config.reference.swap_steps, on_visit)

@@ -14,6 +14,7 @@ from megadpo.data.packing import Bin
 from megadpo.data.stream import Stream
 from megadpo.model.flops import TRAINING, attended_pairs, forward_flops
 from megadpo.observe.gpus import GIB, gpu_named
+from megadpo.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Meter:
     """Of the world."""
     peak: float | None
     """Operations that a rank's device can do in a second; None where that is not known."""
+
+    @staticmethod
+    def of(shape: ModelShape, stream: Stream, dtype: str, context: ParallelContext) -> Meter:
+        """Of a run on this rank's device; all are taken to be of one kind."""
+        return Meter(shape, stream, context.world_size, peak_flops(context.device, dtype))
 
     @cached_property
     def useful_G(self) -> np.ndarray:

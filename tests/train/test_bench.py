@@ -14,7 +14,7 @@ from distributed import run_ranks
 from tiny import write_llama
 
 from megadpo import cli
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.families import read_shape
 from megadpo.data.kinds import Wanted
 from megadpo.data.synthetic import Lengths, random_groups, write_store
@@ -97,7 +97,7 @@ def test_who_comes_first_waits() -> None:
 def drawn(device: torch.device, folder: Path, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
     shape = read_shape(folder)
     with grid(parallel, device, seed=0) as context:
-        chunks = build_chunks(shape, parallel, context, "float32")
+        chunks = build_chunks(shape, parallel, context, ModelConfig("", "float32"))
         draw_weights(chunks, shape, 3, context)
         return {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
 

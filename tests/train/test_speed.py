@@ -11,7 +11,7 @@ from families_table import COMMON, write
 from tiny import MemoryStore, random_groups, write_llama
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadpo.config import ParallelConfig
+from megadpo.config import ModelConfig, ParallelConfig
 from megadpo.convert.families import read_shape
 from megadpo.convert.shape import ModelShape, Window
 from megadpo.data.batch import attention_area, pack, stream_tokens
@@ -40,6 +40,7 @@ def add_product(total: torch.Size, a: torch.Size, b: torch.Size, *args: object, 
     return 2 * a[0] * a[1] * b[1]
 
 
+MODEL = ModelConfig("", "float32", logprob_backend="chunked")
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FORMULAS = {FUSED: rectangle, torch.ops.aten.addmm_: add_product}
 
@@ -50,7 +51,7 @@ def counted(device: torch.device, folders: list[Path], store: MemoryStore) -> li
     for folder in folders:
         shape = read_shape(folder)
         with grid(ParallelConfig(), device, seed=0) as context:
-            [model] = build_chunks(shape, ParallelConfig(), context, "float32", logprob_backend="chunked")
+            [model] = build_chunks(shape, ParallelConfig(), context, MODEL)
             draw_weights([model], shape, 0, context)
             batch = pack(store, range(len(store)), int(stream_tokens(store).sum()), None)
             with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward:
