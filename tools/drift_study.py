@@ -6,8 +6,9 @@ python tools/drift_study.py ... --only tensorwise --seeds 0 --steps 4 --wide-ste
 
 Two models: the one that is given, and a random Llama with 8 layers of 512 (--wide-steps 0: without it), with the given
 one's tokenizer. Each is trained with DPO by `megadpo train`, once in bfloat16 and once per way of FP8, from the same
-weights on the same pairs in the same order (one order per seed), with a resident reference, and watched by the run's own
-probe. --write puts tools/results/fp8_drift.md and fp8_drift.svg there.
+weights on the same pairs in the same order (one order per seed), with a resident reference, and watched by the run's
+own probe. --keep FILE writes what every run came to, and takes from it what is there already. --write puts
+tools/results/fp8_drift.md and fp8_drift.svg there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ class Trained:
 
     losses: list[float]
     grad_norms: list[float]
-    held_out_loss: float
-    accuracy: float
+    held_out_loss: float | None
+    accuracy: float | None
+    """None: nothing is held out."""
     start: dict[str, float]
     """The probe's figures before the first step, and after the last; empty where there is none."""
     end: dict[str, float]
@@ -123,10 +125,36 @@ def write_wide(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
     return folder
 
 
-def train(
-    options: argparse.Namespace, model: Path, way: Way, seed: int, steps: int, batch: int, rate: float
-) -> Trained:
+@dataclass(frozen=True)
+class Plan:
+    """How one model is trained."""
+
+    name: str
+    model: Path
+    steps: int
+    batch: int
+    rate: float
+    seeds: list[int]
+    held_out: bool
+
+
+def kept(options: argparse.Namespace, plan: Plan, way: Way, seed: int) -> Trained:
+    """From the file of what ran before, or from a run, which is put there."""
+    key = repr((plan.name, plan.steps, plan.batch, plan.rate, options.probe, way, seed))
+    known = Path(options.keep).read_text().splitlines() if options.keep and Path(options.keep).exists() else []
+    for line in map(json.loads, known):
+        if line["key"] == key:
+            return Trained(**line["run"])
+    run = train(options, plan, way, seed)
+    if options.keep:
+        with Path(options.keep).open("a") as file:
+            file.write(json.dumps({"key": key, "run": asdict(run)}) + "\n")
+    return run
+
+
+def train(options: argparse.Namespace, plan: Plan, way: Way, seed: int) -> Trained:
     """One run of `megadpo train` and its log."""
+    model, steps, batch, rate, held_out = plan.model, plan.steps, plan.batch, plan.rate, plan.held_out
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         probe = {"fp8_probe_steps": steps, "fp8_probe_groups": options.probe} if way.recipe else {}
         config = {
@@ -135,7 +163,7 @@ def train(
             "model": {"path": str(model), "dtype": "bfloat16", **way.settings},
             "data": {
                 "train": options.train,
-                "eval": options.eval,
+                "eval": options.eval if held_out else [],
                 "max_length": 512,
                 "num_proc": 1,
                 "cache_dir": f"{options.folder}/cache",
@@ -163,7 +191,7 @@ def train(
         seconds = time.monotonic() - started
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "loss" in record]
-    [held_out] = [record for record in records if "eval_loss" in record]
+    after = next((record for record in records if "eval_loss" in record), {})
 
     def figures(record: dict[str, Any]) -> dict[str, float]:
         return {name[4:]: value for name, value in record.items() if name.startswith("fp8/")}
@@ -171,16 +199,19 @@ def train(
     return Trained(
         [record["loss"] for record in trained],
         [record["grad_norm"] for record in trained],
-        held_out["eval_loss"],
-        held_out["eval_rewards/accuracies"],
+        after.get("eval_loss"),
+        after.get("eval_rewards/accuracies"),
         figures(records[0]) if records[0]["step"] == 0 else {},
         figures(trained[-1]),
         seconds,
     )
 
 
-def mean_and_error(values: list[float], digits: int) -> str:
-    """Mean, with its standard error where there is more than one value."""
+def compared(mine: list[Trained], plain: list[Trained], name: str, digits: int) -> str:
+    """Mean difference to bfloat16, with its standard error where there is more than one order."""
+    if getattr(mine[0], name) is None:
+        return "-"
+    values = [getattr(one, name) - getattr(other, name) for one, other in zip(mine, plain, strict=True)]
     mean = f"{statistics.mean(values):+.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
@@ -204,18 +235,17 @@ def table(runs: dict[tuple[Way, int], Trained], seeds: list[int]) -> list[str]:
             statistics.mean(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
             for one, other in zip(mine, plain, strict=True)
         ]
-        held_out = [one.held_out_loss - other.held_out_loss for one, other in zip(mine, plain, strict=True)]
-        accuracy = [one.accuracy - other.accuracy for one, other in zip(mine, plain, strict=True)]
         start = f"{probe('start', 'token_drift')}, {probe('start', 'token_drift_max')}" if mine[0].start else "-"
         lines.append(
             f"| {way.recipe} | {way.format} | {'yes' if way.ends else 'no'} | {start} | "
             f"{probe('start', 'response_drift') if mine[0].start else '-'} | "
             f"{probe('start', 'margin_drift') if mine[0].start else '-'} | {probe('end', 'token_drift')} | "
-            f"{probe('end', 'margin_drift')} | {statistics.mean(loss):.4f} | {mean_and_error(held_out, 4)} | "
-            f"{mean_and_error(accuracy, 3)} |"
+            f"{probe('end', 'margin_drift')} | {statistics.mean(loss):.4f} | "
+            f"{compared(mine, plain, 'held_out_loss', 4)} | {compared(mine, plain, 'accuracy', 3)} |"
         )
-    loss, accuracy = ([getattr(run, name) for run in plain] for name in ("held_out_loss", "accuracy"))
-    lines += ["", f"bfloat16: held-out loss {statistics.mean(loss):.4f}, accuracy {statistics.mean(accuracy):.3f}."]
+    if plain[0].accuracy is not None:
+        loss, accuracy = ([getattr(run, name) for run in plain] for name in ("held_out_loss", "accuracy"))
+        lines += ["", f"bfloat16: held-out loss {statistics.mean(loss):.4f}, accuracy {statistics.mean(accuracy):.3f}."]
     return lines
 
 
@@ -266,15 +296,16 @@ def main() -> int:
     parser.add_argument("--train", required=True, help="pairs to train on")
     parser.add_argument("--eval", required=True, help="held-out pairs")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=RECIPES, help="only these recipes")
-    parser.add_argument("--steps", type=int, default=37, help="updates (default 37: an epoch of 600 pairs)")
+    parser.add_argument("--steps", type=int, default=20, help="updates (default 20)")
     parser.add_argument("--batch", type=int, default=16, help="pairs per update (default 16)")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="orders of the data (default 0 1)")
-    parser.add_argument("--wide-steps", type=int, default=3, help="updates of the wide random model (default 3)")
-    parser.add_argument("--wide-batch", type=int, default=4)
+    parser.add_argument("--wide-steps", type=int, default=2, help="updates of the wide random model (default 2)")
+    parser.add_argument("--wide-batch", type=int, default=2)
     parser.add_argument("--wide-learning-rate", type=float, default=1e-5)
     parser.add_argument("--probe", type=int, default=16, help="groups of the probe (default 16)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run (default 1)")
+    parser.add_argument("--keep", help="a file for what every run came to")
     parser.add_argument("--write", action="store_true", help="write tools/results/fp8_drift.md and .svg")
     options = parser.parse_args()
     for name in ("model", "train", "eval"):
@@ -289,35 +320,32 @@ def main() -> int:
         f"Written by `python tools/drift_study.py {' '.join(shown(options))}`, commit {commit()}, on",
         f"{machine()}.",
         "",
-        "Differences are absolute and in nats: of a token's log-probability (mean and largest), of a response's, of the",
-        f"margin (chosen minus rejected), on a probe of {options.probe} training pairs; the same weights in FP8 and in",
-        "bfloat16. Loss and what is held out are compared with the bfloat16 run from the same weights on the same pairs",
-        "in the same order, with the standard error over orders. What is held out is computed as the run computes: in",
-        "FP8, except for delayed scaling, whose passes without a gradient are in bfloat16.",
-        "At the start formats do not differ: only gradients do. Delayed scaling is not measured before it has scales.",
+        "Differences are absolute and in nats: of a token's log-probability (mean and largest), of a response's, of",
+        f"the margin (chosen minus rejected), on a probe of {options.probe} training pairs; the same weights in FP8",
+        "and in bfloat16. Loss and what is held out are compared with the bfloat16 run from the same weights on the",
+        "same pairs in the same order, with the standard error over orders. What is held out is computed as the run",
+        "computes: in FP8, except for delayed scaling, whose passes without a gradient are in bfloat16. At the start",
+        "formats do not differ: only gradients do. Delayed scaling is not measured before it has scales.",
     ]
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
         given = Path(options.model)
-        plans = [(given.name, given, options.steps, options.batch, options.learning_rate, options.seeds)]
+        plans = [Plan(given.name, given, options.steps, options.batch, options.learning_rate, options.seeds, True)]
         if options.wide_steps:
             wide = write_wide(Path(folder, "wide"), given)
-            plan = (options.wide_steps, options.wide_batch, options.wide_learning_rate, options.seeds[:1])
-            plans.append((f"random Llama, {WIDE['layers']} layers of {WIDE['hidden']}", wide, *plan))
-        for name, model, steps, batch, rate, some in plans:
-            named[name], seeds[name] = {}, some
-            for seed in some:
+            name = f"random Llama, {WIDE['layers']} layers of {WIDE['hidden']}"
+            how = (options.wide_steps, options.wide_batch, options.wide_learning_rate, options.seeds[:1])
+            plans.append(Plan(name, wide, *how, False))
+        for plan in plans:
+            runs = named[plan.name] = {}
+            seeds[plan.name] = plan.seeds
+            for seed in plan.seeds:
                 for way in [Way(None), *(way for way in WAYS if way.recipe in options.only)]:
-                    run = train(options, model, way, seed, steps, batch, rate)
-                    named[name][way, seed] = run
-                    print(name, way, seed, run, flush=True)
-            lines += [
-                "",
-                f"## {name}",
-                "",
-                f"{steps} steps of {batch} pairs, learning rate {rate:g}, {len(some)} orders.",
-            ]
-            lines += ["", *table(named[name], some)]
+                    runs[way, seed] = kept(options, plan, way, seed)
+                    print(plan.name, way, seed, runs[way, seed], flush=True)
+            said = f"{plan.steps} steps of {plan.batch} pairs, learning rate {plan.rate:g}"
+            lines += ["", f"## {plan.name}", "", f"{said}; orders of the data: {len(plan.seeds)}."]
+            lines += ["", *table(runs, plan.seeds)]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
