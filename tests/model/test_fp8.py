@@ -244,8 +244,10 @@ def test_contexts_are_those_of_megatron_core(folder: Path, recipe: str) -> None:
 
 
 def test_delayed_scaling_learns_from_training_alone() -> None:
-    delayed = SimpleNamespace(config=SimpleNamespace(fp8="hybrid", fp8_recipe="delayed"))
-    tensorwise = SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")))
+    delayed, tensorwise = torch.nn.Module(), torch.nn.Module()
+    delayed.config = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
+    tensorwise.module = torch.nn.Module()
+    tensorwise.module.config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
     with learning_nothing([delayed, delayed, tensorwise]):
         assert (delayed.config.fp8, tensorwise.module.config.fp8) == (None, "e4m3")
     assert (delayed.config.fp8, tensorwise.module.config.fp8) == ("hybrid", "e4m3")
