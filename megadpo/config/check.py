@@ -258,6 +258,19 @@ def _combinations(config: Config) -> list[str]:
             f"batch.micro_batch_tokens = {batch.micro_batch_tokens}: must be a multiple of "
             f"parallel.tensor_model_parallel_size ({tensor}) under parallel.sequence_parallel"
         )
+    if not grid.overlap_p2p_comm and (virtual is None or grid.pipeline_model_parallel_size == 2):
+        why = "is for virtual stages" if virtual is None else "2 stages with virtual ones mix up what is not overlapped"
+        found.append(f"parallel.overlap_p2p_comm = false: {why}; leave it out")
+    if grid.tp_comm_overlap and not grid.sequence_parallel:
+        found.append(
+            "parallel.tp_comm_overlap = true: needs parallel.sequence_parallel = true, whose gathers and reductions it "
+            "hides; set that or leave this out"
+        )
+    if grid.tp_comm_overlap and config.model.fp8_format and config.model.fp8_recipe in ("blockwise", "mxfp8"):
+        found.append(
+            f"parallel.tp_comm_overlap = true: its buffers hold one scale per tensor, not those of "
+            f"{config.model.fp8_recipe}; use model.fp8_recipe tensorwise or delayed, or leave it out"
+        )
     if train.eval_steps > 0 and not config.data.eval:
         found.append(f"train.eval_steps = {train.eval_steps}: needs data.eval; give held-out data or set it to 0")
     if 0 < (train.max_steps or 0) < (config.optimizer.warmup_steps or 0):

@@ -129,7 +129,14 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     """Shard master weights and moments over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
     overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on."""
+    overlap_p2p_comm: bool = True
+    """With virtual stages: send to the neighbour stages while the next chunk computes."""
+    tp_comm_overlap: bool = False
+    """Gather and reduce over the tensor-parallel ranks inside the matrix products (Transformer Engine's user buffers).
+    Needs sequence_parallel, and GPUs of one node that see each other's memory. Not yet run on a device."""
 
 
 @dataclass(frozen=True)

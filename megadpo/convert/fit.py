@@ -21,6 +21,11 @@ def misfits(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
             f"parallel.sequence_parallel = false: models with {what} need it where "
             f"parallel.tensor_model_parallel_size is over 1 (here {tensor}); set it to true"
         )
+    if parallel.tp_comm_overlap and (shape.experts or shape.latent):
+        found.append(
+            "parallel.tp_comm_overlap = true: its buffers are for plain attention and MLPs, and this model has "
+            f"{'experts' if shape.experts else 'latent attention'}; leave it out"
+        )
     if shape.norms.queries_keys == "projection" and shape.num_query_groups % tensor:
         found.append(
             f"parallel.tensor_model_parallel_size = {tensor}: a {shape.family} model with num_key_value_heads "

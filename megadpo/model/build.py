@@ -36,6 +36,7 @@ from megadpo.model.policy import Policy
 from megadpo.model.rope import TwoBaseAttention, inverse_frequencies, softmax_scale
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext
+from megadpo.parallel.user_buffers import overlap_problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,7 +64,7 @@ def transformer_config(
     shape: ModelShape, parallel: ParallelConfig, model: ModelConfig, device: torch.device
 ) -> TransformerConfig:
     """Megatron-Core's configuration of one model. Every model gets its own: the schedule keeps hooks in it."""
-    on_gpu, te = device.type == "cuda", mcore_fixes.have_te()
+    on_gpu, te = device.type == "cuda", mcore_fixes.have_te() and Rounding.of(model) is None
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
     options: dict[str, Any] = fp8_options(model)
@@ -71,7 +72,7 @@ def transformer_config(
         options["pipeline_model_parallel_layout"] = pipeline_layout(shape.num_layers, pipeline * (virtual or 1))
     if virtual:
         # batched p2p mixes up the two directions between 2 ranks (mcore_fixes.refuse)
-        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+        options |= {"overlap_p2p_comm": parallel.overlap_p2p_comm, "batch_p2p_comm": not parallel.overlap_p2p_comm}
     if model.recompute == "full":
         options |= {
             "recompute_granularity": "full",
@@ -83,7 +84,7 @@ def transformer_config(
     # Megatron-Core sums the gradients of norms on single heads over the tensor-parallel ranks
     options["qk_layernorm"] = shape.norms.queries_keys == "head"
     if shape.experts is not None:
-        options |= expert_options(shape.experts, parallel, te and Rounding.of(model) is None)
+        options |= expert_options(shape.experts, parallel, te)
     if shape.latent is not None:
         options |= latent_options(shape.latent)
     config = (MLATransformerConfig if shape.latent else TransformerConfig)(
@@ -119,7 +120,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         # our latent attention turns its queries and keys itself (model/latent.py)
         apply_rope_fusion=on_gpu and te and shape.latent is None,
-        gradient_accumulation_fusion=on_gpu and mcore_fixes.can_fuse_gradients(),
+        gradient_accumulation_fusion=on_gpu and (te or mcore_fixes.have_apex_gradients()),
+        tp_comm_overlap=parallel.tp_comm_overlap,
         cuda_graph_scope=[],
         **options,
     )
@@ -261,12 +263,13 @@ def mark_experts(chunk: Policy) -> None:
                 _mark(parameter, dim=0)
 
 
-def check_machine(model: ModelConfig, device: torch.device) -> None:
+def check_machine(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> None:
     """Raise MachineError where this device or what is installed cannot run the model as the run file says."""
     triton = triton_problem(device) if model.logprob_backend == "triton" else None
     if triton:
         raise MachineError(f"model.logprob_backend = triton on {device.type}: {triton}")
-    if problem := machine_problem(model, device):
+    te = mcore_fixes.have_te() and Rounding.of(model) is None
+    if problem := machine_problem(model, device) or overlap_problem(parallel, device, te):
         raise MachineError(problem)
 
 
@@ -282,7 +285,7 @@ def build_chunks(
     model: how they compute; its path is not looked at. held_in_fp8: see model/fp8_weights.py. The grid fits the model
     (convert/fit.py). Raises MachineError, see `check_machine`.
     """
-    check_machine(model, context.device)
+    check_machine(model, parallel, context.device)
     config = transformer_config(shape, parallel, model, context.device)
     backend, _ = choose_backend(context.device, DTYPES[model.dtype], shape)
     chunks = []

@@ -57,12 +57,20 @@ def have_te() -> bool:
     return bool(transformer_engine.HAVE_TE)
 
 
-def can_fuse_gradients() -> bool:
-    """Whether the layers can add weight gradients to the float32 buffer inside the product: TE's own, or, without TE,
-    Megatron-Core's by an extension of Apex."""
+def have_apex_gradients() -> bool:
+    """Whether Megatron-Core's own layers can add weight gradients to the float32 buffer inside the product, which takes
+    an extension of Apex; TE's layers do it themselves."""
     from megatron.core.tensor_parallel import layers
 
-    return have_te() or bool(layers._grad_accum_fusion_available)
+    return hasattr(layers, "fused_weight_gradient_mlp_cuda")
+
+
+def adam_from() -> str:
+    """Whose Adam the optimizer is: Megatron-Core takes TE's, else Apex's, else torch's functions here."""
+    import megatron.core.optimizer as optimizers
+
+    package = optimizers.Adam.__module__.partition(".")[0]
+    return {"transformer_engine": "Transformer Engine's, fused", "apex": "Apex's, fused"}.get(package, "torch's")
 
 
 def fuse_with_te() -> None:

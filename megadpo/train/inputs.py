@@ -78,6 +78,11 @@ def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
     grid = config.parallel if reference.experts else replace(config.parallel, expert_model_parallel_size=1)
     of_reference = misfits(reference, grid) + fp8_misfits(reference, config.model, grid)
     problems += [f"reference: {line}" for line in of_reference if line not in problems]
+    if config.parallel.tp_comm_overlap and reference.hidden_size != policy.hidden_size:
+        problems.append(
+            f"parallel.tp_comm_overlap = true: policy and reference share its buffers, and their hidden sizes are "
+            f"{policy.hidden_size} and {reference.hidden_size}; leave it out"
+        )
     if "kl_N" in config.objective.needs:
         problems += _incomparable(policy, reference, config)
     if problems:

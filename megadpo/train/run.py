@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megadpo import checkpoint
-from megadpo.config import Config, ModelConfig
+from megadpo.config import Config
 from megadpo.convert.hf_files import weights_digest, weights_warnings
 from megadpo.convert.importer import load_hf
 from megadpo.convert.shape import ModelShape
@@ -18,10 +18,9 @@ from megadpo.data.batch import stream_tokens
 from megadpo.data.store import GroupStore
 from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
-from megadpo.model.attention import choose_backend
-from megadpo.model.build import DTYPES, build_chunks, check_machine
+from megadpo.model.build import build_chunks, check_machine
 from megadpo.model.fp8 import precision
-from megadpo.model.fp8_emulation import Rounding, rounded_layers
+from megadpo.model.parts import parts
 from megadpo.model.policy import Policy
 from megadpo.model.reference import build_reference
 from megadpo.objectives.names import title
@@ -31,6 +30,7 @@ from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
+from megadpo.parallel.user_buffers import start_user_buffers
 from megadpo.parallel.watchdog import Watchdog
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
@@ -60,7 +60,7 @@ def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-    check_machine(config.model, device)
+    check_machine(config.model, config.parallel, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True)
     run_dir = Path(config.run_dir).expanduser()
     length = run_length(config, len(inputs.train))
@@ -103,6 +103,8 @@ def assembled(
 ) -> tuple[TrainState, list[Scored], list[Policy] | None]:
     """A run before its first step: policy and optimizer, the streams with what the reference says of them, and the
     reference itself where it is resident."""
+    rows, width = streams[0].budget.tokens, inputs.shape.hidden_size
+    start_user_buffers(config.parallel, rows, width, config.model.real_fp8)
     policy = _load(config, inputs.shape, config.model.path, context, weights)
     counts = [run_length(config, len(inputs.train)).groups, None]
     scored, reference = _with_reference(config, inputs, streams, counts, policy, context, log, weights=weights)
@@ -204,7 +206,6 @@ def _scored(
 def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelContext) -> list[str]:
     """What runs, and with which parts."""
     shape, parallel = inputs.shape, config.parallel
-    layers = "Transformer Engine" if mcore_fixes.have_te() else "Megatron-Core's own (no Transformer Engine)"
     grid_text = f"tensor {context.tensor_size} x pipeline {context.pipeline_size} x data {context.data_size}"
     if context.virtual_size > 1:
         grid_text += f", {context.virtual_size} virtual stages"
@@ -213,39 +214,31 @@ def _banner(config: Config, inputs: Inputs, stream: Stream, context: ParallelCon
     if context.sequence_parallel:
         grid_text += ", sequence parallel"
     needs = config.objective.needs_reference
-    attention, why = choose_backend(context.device, DTYPES[config.model.dtype], shape)
-    reference = config.reference.path or "its own initial weights"
     tokens = stream_tokens(inputs.train, stream.share, stream.scalar)
     return [
         *package_warnings(versions()),
         *weights_warnings(config.model.path),
         f"model      {config.model.path} ({shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size})",
-        f"layers     {layers}; {config.model.dtype} on {context.device.type}",
-        *_fp8(config.model, shape.num_layers),
-        f"attention  {attention} ({why})",
+        *parts(shape, parallel, config.model, context.device),
         f"grid       {grid_text}",
         f"objective  {title(config.objective)}",
-        f"reference  {f'{config.reference.mode}: {reference}' if needs else 'none needed'}",
+        f"reference  {_reference(config) if needs else 'none needed'}",
         *(f"data.train {line}" for line in inputs.train.report.lines()),
         *(f"data.eval  {line}" for line in (inputs.held_out.report.lines() if inputs.held_out else [])),
         *_too_long(config, shape),
         f"batch      {config.batch.global_batch_size} groups per update, micro-batches of "
         f"{'up to ' if stream.grain else ''}{stream.budget.tokens} tokens "
         f"(a group takes {tokens.mean():.0f} on average, {tokens.max()} at most)",
-        f"optimizer  AdamW, distributed: {'yes' if parallel.use_distributed_optimizer else 'no'}",
+        f"optimizer  AdamW ({mcore_fixes.adam_from()}), distributed: "
+        f"{'yes' if parallel.use_distributed_optimizer else 'no'}",
     ]
 
 
-def _fp8(model: ModelConfig, num_layers: int) -> list[str]:
-    """What of an emulation of FP8 is said."""
-    rounding = Rounding.of(model)
-    if rounding is None:
-        return []
-    layers = sum(rounded_layers(model, num_layers))
-    return [
-        f"fp8        emulated: {rounding.recipe}, gradients in {rounding.gradients}, products of {layers} of "
-        f"{num_layers} layers; its numbers, not its speed"
-    ]
+def _reference(config: Config) -> str:
+    reference = config.reference
+    how = {"swapped": f"swapped in for {reference.swap_steps} steps at a time"}.get(reference.mode, reference.mode)
+    weights = ", weights in FP8" if reference.fp8_weights else ""
+    return f"{how}{weights}: {reference.path or 'its own initial weights'}"
 
 
 def _too_long(config: Config, shape: ModelShape) -> list[str]:
@@ -272,13 +265,14 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
         raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size, kl)
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-    check_machine(config.model, device)
+    check_machine(config.model, config.parallel, device)
     inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
     with (
         grid(config.parallel, device, config.seed) as context,
         RunLog(run_dir, 0, config, enabled=context.is_first) as log,
     ):
         streams = _streams(config, inputs.stores[1:], inputs, context)
+        _user_buffers(config, inputs, streams[0])
         policy = _load(config, inputs.shape, config.model.path, context)
         [held_out], reference = _with_reference(config, inputs, streams, [None], policy, context, log, kl)
         step = checkpoint.load_weights(policy, folder).step if folder else 0

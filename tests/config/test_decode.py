@@ -140,6 +140,13 @@ MISTAKES = [
     ("train: {max_steps: 5}\noptimizer: {warmup_steps: 6}\n", "optimizer.warmup_steps = 6: must be at most train.max_steps (5)"),
     ("log: {wandb_mode: offline}\n", "log.wandb_mode = offline: does nothing without log.wandb_project"),
     ("parallel: {tensor_model_parallel_size: 2, sequence_parallel: true}\nbatch: {micro_batch_tokens: 33}\n", "must be a multiple of"),
+    ("reference: {mode: swapped, swap_steps: 0}\n", "reference.swap_steps = 0: must be at least 1"),
+    ("reference: {swap_steps: 4}\n", "reference.swap_steps = 4: is for reference.mode = swapped and this is precomputed"),
+    ("reference: {fp8_weights: true}\n", "reference.fp8_weights = true: is for reference.mode = resident and this is precomputed"),
+    ("reference: {mode: swapped}\nobjective: {loss_type: tdpo2}\n", "reference.mode = swapped: objective.loss_type tdpo2 compares whole distributions"),
+    ("parallel: {overlap_p2p_comm: false}\n", "parallel.overlap_p2p_comm = false: is for virtual stages; leave it out"),
+    ("parallel: {overlap_p2p_comm: false, pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}\n", "2 stages with virtual ones mix up"),
+    ("parallel: {tp_comm_overlap: true, tensor_model_parallel_size: 2}\n", "parallel.tp_comm_overlap = true: needs parallel.sequence_parallel = true"),
     # paths
     ("export: {path: model}\n", "export.path = model: is also model.path and would overwrite it"),
     ('reference: {path: ""}\n', 'reference.path = "": must be a path'),

@@ -1,6 +1,7 @@
 """FP8's settings on their way to Megatron-Core, as far as a machine without Transformer Engine shows it. What its
 kernels do with them is tests/gpu's."""
 
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from megadpo.model.fp8 import learning_nothing, machine_problem, recipe_problem
 from megadpo.objectives import DPO
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
+from megadpo.parallel.user_buffers import overlap_problem, start_user_buffers
 from megadpo.train.optimizer import wrap
 from megadpo.train.passes import score
 from megadpo.train.step import train_step
@@ -244,10 +246,42 @@ def test_contexts_are_those_of_megatron_core(folder: Path, recipe: str) -> None:
 
 
 def test_delayed_scaling_learns_from_training_alone() -> None:
-    delayed, tensorwise = torch.nn.Module(), torch.nn.Module()
-    delayed.config = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
-    tensorwise.module = torch.nn.Module()
-    tensorwise.module.config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
+    def chunk(recipe: str) -> SimpleNamespace:
+        return SimpleNamespace(config=SimpleNamespace(fp8="hybrid", fp8_recipe=recipe), modules=list)
+
+    delayed, tensorwise = chunk("delayed"), chunk("tensorwise")
+    tensorwise.module = SimpleNamespace(config=tensorwise.config)
     with learning_nothing([delayed, delayed, tensorwise]):
-        assert (delayed.config.fp8, tensorwise.module.config.fp8) == (None, "e4m3")
-    assert (delayed.config.fp8, tensorwise.module.config.fp8) == ("hybrid", "e4m3")
+        assert (delayed.config.fp8, tensorwise.config.fp8) == (None, "hybrid")
+    assert (delayed.config.fp8, tensorwise.config.fp8) == ("hybrid", "hybrid")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_overlap_in_products_needs_transformer_engines_layers(device: str) -> None:
+    overlapped = ParallelConfig(2, sequence_parallel=True, tp_comm_overlap=True)
+    for te in (False, True):
+        problem = overlap_problem(overlapped, torch.device(device), te)
+        assert (problem is None) == (te and device == "cuda")
+        assert overlap_problem(ParallelConfig(2), torch.device(device), te) is None
+
+
+def test_buffers_are_made_as_transformer_engine_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in with the names and arguments of 2.9: once, for FP8 and for bf16."""
+    made: list[dict[str, Any]] = []
+
+    def initialize_ub(
+        shape: list, tp_size: int, quantization_modes: list, ub_cfgs: dict, bootstrap_backend: str
+    ) -> None:
+        base._ub_communicators = {}
+        made.append({"shape": shape, "tp_size": tp_size, "modes": quantization_modes})
+
+    kinds = SimpleNamespace(FP8="fp8", NONE="none")
+    base = SimpleNamespace(UserBufferQuantizationMode=kinds, initialize_ub=initialize_ub, _ub_communicators=None)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", SimpleNamespace(base=base))
+    start_user_buffers(ParallelConfig(2, sequence_parallel=True), 4096, 512, fp8=True)
+    assert made == []
+    for _ in range(2):
+        start_user_buffers(ParallelConfig(2, sequence_parallel=True, tp_comm_overlap=True), 4096, 512, fp8=True)
+    assert made == [{"shape": [4096, 512], "tp_size": 2, "modes": ["fp8", "none"]}]
