@@ -103,8 +103,7 @@ def assembled(
 ) -> tuple[TrainState, list[Scored], list[Policy] | None]:
     """A run before its first step: policy and optimizer, the streams with what the reference says of them, and the
     reference itself where it is resident."""
-    rows, width = streams[0].budget.tokens, inputs.shape.hidden_size
-    start_user_buffers(config.parallel, rows, width, config.model.real_fp8)
+    _user_buffers(config, inputs, streams[0])
     policy = _load(config, inputs.shape, config.model.path, context, weights)
     counts = [run_length(config, len(inputs.train)).groups, None]
     scored, reference = _with_reference(config, inputs, streams, counts, policy, context, log, weights=weights)
@@ -116,6 +115,11 @@ def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: 
     """The training stream, then the held-out one where there is one."""
     cost = inputs.shape.attended_pair_cost
     return open_streams(config, stores, context.data_size, cost, fixed_length=context.device.type == "cuda")
+
+
+def _user_buffers(config: Config, inputs: Inputs, stream: Stream) -> None:
+    rows, width = stream.budget.tokens, inputs.shape.hidden_size
+    start_user_buffers(config.parallel, rows, width, config.model.real_fp8)
 
 
 def _load(
