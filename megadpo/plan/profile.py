@@ -25,7 +25,7 @@ def rank_numbers(
 
     config: grid, dtype, recompute, optimizer sharding and the reference's mode are read from it; nothing on the disk
     is. The grid fits the model and the world (config.check.check_grid, convert.fit.misfits): not looked at here.
-    tokens: rows of one micro-batch's stream. scored: scored tokens of it; the other rows are taken for prompts of pairs.
+    tokens: rows of one micro-batch's stream. scored: scored tokens of it; the other rows are taken for prompts.
     micro_batches: of one data-parallel rank per step. reference: shape of a reference.path; the policy's where None.
     gpu: the code that runs on GPUs (flash attention, fused norms), else what runs on a CPU.
     Layers are measured once per process for each (shape, tensor size, sequence parallel, recompute, tokens ...), which
