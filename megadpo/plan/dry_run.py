@@ -89,8 +89,8 @@ def record(
         other = _frozen(counts.modules_of(reference or shape, config, context), fill) if has_resident(config) else None
         recorder.claim(counts.weight_tensors(other or []), "reference")
         for module in [*state.modules, *(other or [])]:
-            _tell_head(recorder, module)
-        _tell_buffers(recorder)
+            tell_head(recorder, module)
+        tell_buffers(recorder)
         mismatched = batches if "mismatched_kl" in config.objective.needs else None
         for _ in range(before + 1):
             recorder.start()
@@ -114,7 +114,7 @@ def _frozen(modules: list[Policy], fill: Callable[[Tensor], object] | None) -> l
     return modules
 
 
-def _tell_head(recorder: Recorder, module: Policy) -> None:
+def tell_head(recorder: Recorder, module: Policy) -> None:
     """What the head makes, forward and backward, counts as logits."""
     if not module.post_process:
         return
@@ -138,7 +138,7 @@ def _tell_head(recorder: Recorder, module: Policy) -> None:
     module.output_layer.register_forward_hook(after_forward)
 
 
-def _tell_buffers(recorder: Recorder) -> None:
+def tell_buffers(recorder: Recorder) -> None:
     """Megatron-Core's buffer for gathered activations counts as such. It lasts as long as the grid."""
     buffer = parallel_state.get_global_memory_buffer()
     get = buffer.get_tensor

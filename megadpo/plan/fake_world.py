@@ -199,6 +199,9 @@ def _gpu_ways() -> list[tuple[Any, str, Any]]:
         (gemm, "add_weight_gradient", lambda total, slope, hidden: _product_into(total, slope.t(), hidden.t())),
         # one kernel, which keeps its input and a number per row
         (norms, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight)),
+        # the fused optimizers of Transformer Engine and Apex have no intermediate results; torch's AdamW needs another
+        # float32 number for every parameter that it updates
+        (mcore_fixes.StatelessStepAdam, "step", lambda self, closure=None: None),
         # compiled to one kernel each
         (fused_bias_swiglu, "swiglu", _swiglu),
         (fused_bias_swiglu, "swiglu_back", lambda grad, y: torch.empty_like(y)),
