@@ -1,4 +1,4 @@
-"""`megadpo plan`: from a run file and a number of GPUs to a report. It needs config.json; no weights, tokenizer, data."""
+"""`megadpo plan`: from a run file and a number of GPUs to a report. config.json is enough: no weights, no data."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Plan:
     stage: int
     """Its pipeline stage."""
     parameters: int
-    """Of the largest rank."""
+    """Of that rank."""
     estimate: Estimate
     steps: int
     gpus: int
@@ -108,22 +108,25 @@ class Search:
         found = reasons(self.space, candidate)
         if found:
             return Rejected(candidate, found)
-        done = self.work(candidate)
-        numbers = {stage: self.numbers(candidate, stage) for stage in _stages_to_count(candidate.pipeline)}
-        fullest = max(numbers.values(), key=lambda one: one.memory.total)
+        fullest = self.fullest(candidate)
         room = usable(self.space.gpu)
         if fullest.memory.total > room:
             return Rejected(candidate, (does_not_fit(fullest.memory, room),))
         return Plan(
             candidate,
-            done,
+            self.work(candidate),
             fullest.memory,
             fullest.stage,
-            max(one.parameters for one in numbers.values()),
+            fullest.parameters,
             self.estimate(candidate),
             self.steps,
             self.space.gpus,
         )
+
+    def fullest(self, candidate: Candidate) -> RankNumbers:
+        """Of the rank that has most in its memory."""
+        found = [self.numbers(candidate, stage) for stage in _stages_to_count(candidate.pipeline)]
+        return max(found, key=lambda one: one.memory.total)
 
     @property
     def steps(self) -> int:

@@ -106,10 +106,11 @@ class Situation:
         return Device(self.gpu, model.fp8_recipe if model.fp8_format and not model.fp8_emulation else None)
 
     def wire(self, group: str, ranks: int) -> Wire:
-        tensor = self.config.parallel.tensor_model_parallel_size
-        stride = {"tensor": 1, "expert": 1, "world": 1}.get(group, tensor)
-        if group in ("pipeline", "embedding"):
-            stride = tensor * self.replicas
+        """Ranks are laid out tensor first, then data, then pipeline; experts are dealt to neighbours."""
+        tensor, expert = self.grid.tensor, self.grid.expert
+        pipeline = tensor * self.replicas
+        strides = {"data": tensor, "expert data": expert if expert > 1 else tensor, "pipeline": pipeline}
+        stride = (strides | {"embedding": pipeline}).get(group, 1)
         return wire(self.gpu, ranks, stride, self.gpus)
 
 
@@ -300,9 +301,9 @@ def _data(situation: Situation, numbers: Sequence[RankNumbers], stages: Sequence
 
 def _between_replicas(situation: Situation, numbers: RankNumbers, kind: str) -> float:
     return sum(
-        situation.wire("data", one.ranks).seconds(kind, one.calls, one.bytes)
+        situation.wire(one.group, one.ranks).seconds(kind, one.calls, one.bytes)
         for one in numbers.collectives
-        if one.group == "data" and one.kind == kind
+        if one.group in ("data", "expert data") and one.kind == kind
     )
 
 

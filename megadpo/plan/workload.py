@@ -11,8 +11,8 @@ from megadpo.data.packing import Budget, deal
 from megadpo.data.store import GroupStore
 from megadpo.plan import constants
 
-SAMPLED_STEPS = 3
-"""Global batches that are dealt; what a step has is their mean."""
+SAMPLED_GROUPS = 1024
+"""About so many are dealt, in whole global batches; what a step has is their mean."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def work(
     rng = np.random.default_rng(1)
     budget = Budget(tokens, most_groups)
     found = []
-    for _ in range(SAMPLED_STEPS):
+    for _ in range(max(1, min(3, SAMPLED_GROUPS // batch))):
         groups = rng.integers(0, len(lengths.rows_G), batch)
         rows_G, area_G, scored_G = lengths.rows_G[groups], lengths.area_G[groups], lengths.scored_G[groups]
         dealt = deal(rows_G, rows_G + pair_cost * area_G, budget, ranks)
