@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import Any
 
 from megadpo.errors import ConfigError
 from megadpo.observe.gpus import GIB, GPUS, Gpu
@@ -55,11 +56,9 @@ def _in_numbers(text: str) -> Gpu:
     missing = [key for key in REQUIRED if key not in given]
     if missing:
         raise ConfigError(f"--gpu {text}: {' and '.join(missing)} missing (bytes as 80GiB or 80e9, FLOP/s as 989e12)")
-    fields = {KEYS[key]: value for key, value in given.items()}
-    whole = {name: int(fields[name]) for name in ("memory", "per_node") if name in fields}
-    if "fp8" not in given:
-        fields["fp8_flops"] = None  # type: ignore[assignment]
-    return replace(BASE, name="custom", **{**fields, **whole})  # type: ignore[arg-type]
+    fields: dict[str, Any] = {KEYS[key]: value for key, value in given.items()}
+    fields |= {name: int(fields[name]) for name in ("memory", "per_node") if name in fields}
+    return replace(BASE, name="custom", **({"fp8_flops": None} | fields))
 
 
 def assumed(text: str) -> list[str]:

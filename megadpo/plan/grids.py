@@ -19,6 +19,8 @@ from megadpo.train.inputs import Shapes, grid_problems
 
 TOKENS = (2048, 4096, 8192, 16384, 32768)
 """Lengths of micro-batches that are tried where the run file gives none; those under the longest group are left out."""
+BLOCK = 128
+"""Rows of a rank that every length is a multiple of: what any FP8 recipe wants, and tiles of products like."""
 MOST_CHUNKS = 10
 """Model chunks per pipeline rank that are tried."""
 RECOMPUTES = get_args(get_type_hints(ModelConfig)["recompute"])
@@ -146,7 +148,7 @@ def token_budgets(space: Space, multiple: int) -> list[int]:
     """The run file's, or some that the longest group fits, which is itself the first."""
     if space.config.batch.micro_batch_tokens is not None:
         return [space.config.batch.micro_batch_tokens]
-    least = -(-space.longest // (16 * multiple)) * 16 * multiple
+    least = -(-space.longest // (BLOCK * multiple)) * BLOCK * multiple
     return [least, *(tokens for tokens in TOKENS if tokens > least)]
 
 

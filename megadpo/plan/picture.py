@@ -9,8 +9,8 @@ from megadpo.observe.gpus import GIB
 from megadpo.plan.report import Report
 from megadpo.plan.search import Plan
 
-COLOURS = ("#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#0a7ea4", "#d4a72c", "#6e7781", "#bf3989")
-COLOURS += ("#57606a", "#a8b1bb")
+COLOURS = ["#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#0a7ea4", "#d4a72c", "#6e7781", "#bf3989"]
+COLOURS += ["#57606a", "#a8b1bb"]
 LEFT, WIDTH, GAP, STEP, TOP = 250, 330, 90, 24, 74
 
 
