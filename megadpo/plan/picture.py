@@ -11,7 +11,7 @@ from megadpo.plan.search import Plan
 
 COLOURS = ["#1f6feb", "#2da44e", "#bf8700", "#cf222e", "#8250df", "#0a7ea4", "#d4a72c", "#6e7781", "#bf3989"]
 COLOURS += ["#57606a", "#a8b1bb"]
-LEFT, WIDTH, GAP, STEP, TOP = 250, 330, 90, 24, 74
+LEFT, WIDTH, GAP, STEP, TOP = 230, 330, 90, 24, 90
 
 
 def svg(report: Report, rows: int = 15) -> str:
@@ -58,7 +58,7 @@ def _name(plan: Plan) -> str:
 def _legend(title: str, names: Sequence[str], x: float) -> list[str]:
     found = [f'<text x="{x}" y="36">{title}</text>']
     for number, name in enumerate(names):
-        at, y = x + 66 * (number % 6), 48 + 12 * (number // 6)
+        at, y = x + 78 * (number % 5), 50 + 12 * (number // 5)
         found.append(f'<rect x="{at}" y="{y - 8}" width="8" height="8" fill="{COLOURS[number]}"/>')
         found.append(f'<text x="{at + 11}" y="{y}" font-size="10">{name}</text>')
     return found
