@@ -58,5 +58,5 @@ class RankNumbers:
     collectives: tuple[Collective, ...]
     """In a fixed order. A group of one rank moves nothing and is left out."""
     flops: float = 0.0
-    """Of matrix products, as they are executed: padding, recomputed layers and a resident reference's pass included; a
-    multiply-add is two. 0 where they were not counted."""
+    """Of the linear layers and the head, as they are executed: padding, recomputed layers and a resident reference's
+    pass included. Attention is left out: it depends on how groups share a stream. A multiply-add is two."""

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from megadpo.parallel.context import ParallelContext
 from megadpo.plan.numbers import Collective, Group, Memory
@@ -51,6 +50,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, context: ParallelContext) -> None:
         super().__init__()
         self._groups = group_names(context)
+        self._stages = context.pipeline_size
         self._calls: Counter[tuple[str, Group, int]] = Counter()
         self._bytes: Counter[tuple[str, Group, int]] = Counter()
         self._part: dict[int, str] = {}
@@ -113,9 +113,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "c10d":
             self._count_call(func, args)
         result = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
+        self.flops += _product(func, args)
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 storage = leaf.untyped_storage()
@@ -143,11 +141,25 @@ class Recorder(TorchDispatchMode):
         group = next((found for found in map(_process_group, args) if found is not None), None)
         if kind is None or group is None or group.size() == 1:  # a barrier; nobody to talk to
             return
-        name = self._groups.get(group.group_name)
+        name, ranks = self._groups.get(group.group_name), group.size()
         assert name is not None, f"a {kind} in a group that is none of the grid's: {group.group_desc}"
+        if kind in ("send", "recv"):  # of two stages, Megatron-Core lets one direction go through the world's group
+            name, ranks = "pipeline", self._stages
         sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args[:2]]
-        self._calls[kind, name, group.size()] += 1
-        self._bytes[kind, name, group.size()] += max(sizes)
+        self._calls[kind, name, ranks] += 1
+        self._bytes[kind, name, ranks] += max(sizes)
+
+
+def _product(func: Any, args: tuple) -> float:
+    """Operations of a matrix product, a multiply-add being two; 0 for anything else."""
+    packet = func._overloadpacket
+    if packet is torch.ops.aten.mm:
+        left, right = args[:2]
+    elif packet is torch.ops.aten.addmm or packet is torch.ops.aten.addmm_:
+        left, right = args[1:3]
+    else:
+        return 0.0
+    return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
 def _key(storage: torch.UntypedStorage) -> int:
