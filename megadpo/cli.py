@@ -15,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megadpo.errors import CheckpointError, DataError, MegadpoError
+from megadpo.errors import CheckpointError, ConfigError, DataError, MegadpoError
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank, joined
 
 if TYPE_CHECKING:
     from megadpo.config import Config
     from megadpo.launch import Job
+    from megadpo.plan.command import Request
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,8 +130,12 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     """docs/plan.md explains."""
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many")
     parser.add_argument(
-        "--gpu", required=True, metavar="NAME", help="a100-80gb, h100-80gb, h200, b200, or memory=80GiB,bf16=989e12,..."
+        "--gpu", metavar="NAME", help="a100-80gb, h100-80gb, h200, b200, or memory=80GiB,bf16=989e12,..."
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="instead: walk one step of one rank of the run file's own grid"
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="with --dry-run: which, from 0; 0")
     parser.add_argument("--price", type=_positive(float), metavar="P", help="of one GPU for one hour: adds the cost")
     parser.add_argument("--top", type=_positive(int), default=15, metavar="N", help="rows of the table; 15")
     parser.add_argument("--all", action="store_true", help="every grid, and every way to run it")
@@ -250,7 +255,11 @@ def _plan(options: argparse.Namespace) -> int:
 
     rows = None if options.all else options.top
     data = (options.groups, options.prompt_tokens, options.response_tokens)
-    request = command.Request(options.gpus, options.gpu, options.price, rows, *data)
+    request = command.Request(options.gpus, options.gpu or "", options.price, rows, *data)
+    if options.dry_run:
+        return _dry_run(options, request)
+    if options.gpu is None:
+        raise ConfigError("--gpu is not given: name the GPU, as in --gpu h100-80gb; only --dry-run goes without")
     found = command.plan(_config(options), request, rank_numbers)
     if options.svg:
         from megadpo.files import write_text
@@ -258,6 +267,14 @@ def _plan(options: argparse.Namespace) -> int:
         write_text(Path(options.svg).expanduser(), picture.svg(found))
     print(json.dumps(report.as_json(found), indent=1) if options.json else "\n".join(report.text(found)))
     return 0 if found.found.plans else 1
+
+
+def _dry_run(options: argparse.Namespace, request: Request) -> int:
+    from megadpo.plan.dry_command import dry_run
+
+    found = dry_run(_config(options), request, options.rank)
+    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(found.lines()))
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
