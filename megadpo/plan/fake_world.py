@@ -54,7 +54,7 @@ def fake_rank(parallel: ParallelConfig, world_size: int, rank: int, gpu: bool = 
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     with ExitStack() as undo:
         undo.callback(torch.set_rng_state, torch.get_rng_state())
-        for owner, name, value in _departures(gpu):
+        for owner, name, value in departures(gpu):
             undo.enter_context(replaced(owner, name, value))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         undo.callback(dist.destroy_process_group)
@@ -164,7 +164,7 @@ STAND_INS: dict[Any, Callable] = {
 # ---- what Megatron-Core and torch do otherwise
 
 
-def _departures(gpu: bool) -> list[tuple[Any, str, Any]]:
+def departures(gpu: bool) -> list[tuple[Any, str, Any]]:
     """(module or class, name, what stands there instead)."""
     found: list[tuple[Any, str, Any]] = [
         # groups of another back end (gloo, beside NCCL) would look for their ranks
