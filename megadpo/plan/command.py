@@ -40,7 +40,7 @@ def plan(config: Config, request: Request, count: Count) -> Report:
     bare = replace(config, parallel=_without_sizes(config.parallel))
     lengths, assumptions = data_of(config, request)
     space = Space(bare, read_shapes(bare, 1), gpu, request.gpus, lengths.longest)
-    found = Search(space, lengths, count).run(every=request.rows is None)
+    found = Search(space, lengths, count).run(every=request.rows is None, confirmed=request.rows or 15)
     said = (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
     return Report(space, found, said, request.price, request.rows)
 

@@ -95,6 +95,11 @@ class Rejected:
     candidate: Candidate
     reasons: tuple[str, ...]
 
+    @property
+    def for_memory(self) -> bool:
+        """A run would start, and end for want of memory."""
+        return self.reasons[0].startswith("does not fit")
+
 
 def check_space(space: Space) -> None:
     """Raise ConfigError for what no grid can mend."""
@@ -129,7 +134,7 @@ def _on(space: Space, tensor: int, pipeline: int, data: int) -> Iterator[Candida
     for expert in dealt:
         for virtual in _chunks(pipeline, space.shapes.policy.num_layers):
             for sequence in (True, False) if tensor > 1 else (False,):
-                for tokens in token_budgets(space, tensor if sequence else 1):
+                for tokens in token_budgets(space, tensor):
                     for recompute in RECOMPUTES:
                         for mode in modes(space.config):
                             yield Candidate(tensor, pipeline, virtual, data, expert, sequence, tokens, recompute, mode)
@@ -144,11 +149,11 @@ def _chunks(pipeline: int, layers: int) -> list[int | None]:
     return [None, *sorted(even + rough)]
 
 
-def token_budgets(space: Space, multiple: int) -> list[int]:
-    """The run file's, or some that the longest group fits, which is itself the first."""
+def token_budgets(space: Space, tensor: int) -> list[int]:
+    """The run file's, or some that the longest group fits, which is itself the first; ascending."""
     if space.config.batch.micro_batch_tokens is not None:
         return [space.config.batch.micro_batch_tokens]
-    least = -(-space.longest // (BLOCK * multiple)) * BLOCK * multiple
+    least = -(-space.longest // (BLOCK * tensor)) * BLOCK * tensor
     return [least, *(tokens for tokens in TOKENS if tokens > least)]
 
 

@@ -107,7 +107,7 @@ def _counts(found: Found) -> list[str]:
     """How many were rejected, and why."""
     lines = [f"{found.considered} ways looked at: {len(found.plans)} fit, {len(found.rejected)} do not"]
     if found.dominated:
-        lines[0] += f", {found.dominated} left out (the same grid fits with less recompute)"
+        lines[0] += f", {found.dominated} left out (the same grid is faster in another way)"
     for reason, count, example in grouped(found.rejected):
         lines.append(f"  {count:5} x {reason}" + (f" (such as {example.text()})" if reason.startswith("does") else ""))
     return lines
@@ -161,6 +161,7 @@ def _plan_json(plan: Plan, price: float | None) -> dict[str, Any]:
     how = plan.estimate
     return {
         "grid": asdict(plan.candidate),
+        "memory_exact": plan.exact,
         "step_seconds": how.step,
         "update_seconds": how.update,
         "parts": asdict(how.parts),

@@ -60,7 +60,14 @@ def test_settings_are_a_run_file(made: report.Report, tmp_path: Path) -> None:
 
 GRID = {"tensor": int, "pipeline": int, "virtual": (int, type(None)), "data": int, "expert": int, "sequence": bool}
 GRID |= {"tokens": int, "recompute": str, "reference": str}
-ROW: dict[str, Any] = {"grid": GRID, "parts": dict, "memory": dict, "fullest_stage": int, "parameters": int}
+ROW: dict[str, Any] = {
+    "grid": GRID,
+    "parts": dict,
+    "memory": dict,
+    "memory_exact": bool,
+    "fullest_stage": int,
+    "parameters": int,
+}
 ROW |= {name: float for name in ("step_seconds", "update_seconds", "mfu", "pairs_per_second", "padding", "hours")}
 ROW |= {"tokens_per_second_per_gpu": float, "micro_batches": int, "steps": int, "gpu_hours": float, "cost": float}
 WHOLE: dict[str, Any] = {"model": str, "gpus": int, "gpu": dict, "usable_memory": int, "measured": bool, "price": float}
