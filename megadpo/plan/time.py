@@ -141,9 +141,9 @@ def estimate(situation: Situation, numbers: Mapping[int, RankNumbers]) -> Estima
         return count * sum(getattr(stage, name) for stage in mine)
 
     forward = _run(situation, stages, forward_only=True).length
-    in_step, before = _reference(situation, every)
-    extra = _extra_passes(situation) * forward
     optimizer = max(_optimizer(situation, stage) for stage in every)
+    in_step, before = _reference(situation, every, optimizer)
+    extra = _extra_passes(situation) * forward
     parts = Parts(
         layers=of("layers"),
         attention=of("attention"),
@@ -315,17 +315,27 @@ def _optimizer(situation: Situation, numbers: RankNumbers) -> float:
     return device.stream(shard * c.OPTIMIZER_BYTES + numbers.parameters * c.ZERO_BYTES)
 
 
-def _reference(situation: Situation, numbers: Sequence[RankNumbers]) -> tuple[float, float]:
-    """Seconds of a step that the reference's pass takes: inside the step, and its share of a pass before training."""
+def _reference(situation: Situation, numbers: Sequence[RankNumbers], optimizer: float) -> tuple[float, float]:
+    """Seconds of a step that the reference's pass takes: inside the step, and its share of a pass before training.
+
+    optimizer: seconds of the update, beside which a swapped reference is copied to the device.
+    """
     if not situation.config.objective.needs_reference:
         return 0.0, 0.0
     there = replace(situation, shape=situation.reference, layers=situation.reference_layers)
     stages = _stages(there, numbers)
-    seconds = _run(situation, stages, forward_only=True).length
-    mode = situation.config.reference.mode
-    if mode == "precomputed":
+    seconds = _run(there, stages, forward_only=True).length
+    reference = situation.config.reference
+    if reference.mode == "precomputed":
         return 0.0, seconds * situation.scored_steps / situation.steps
-    return seconds, 0.0
+    if reference.mode == "resident":
+        return seconds, 0.0
+    # One pass over the micro-batches of several steps, behind one copy of the weights.
+    visits = reference.swap_steps
+    twice = replace(there, work=replace(there.work, micro_batches=2 * there.work.micro_batches))
+    further = _run(twice, stages, forward_only=True).length - seconds
+    copy = max(one.memory.weights for one in numbers) / c.HOST_BANDWIDTH
+    return (seconds + (visits - 1) * further + max(0.0, copy - optimizer)) / visits, 0.0
 
 
 def _extra_passes(situation: Situation) -> int:

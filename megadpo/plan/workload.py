@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,12 +27,10 @@ class Lengths:
     """float64: pairs of rows of which one attends to the other."""
     scored_G: np.ndarray
     """int64: rows that meet the head."""
+    longest: int
+    """Rows of the longest group of the data set."""
     said: str
     """Where they are from, for the user."""
-
-    @property
-    def longest(self) -> int:
-        return int(self.rows_G.max())
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,12 @@ def assumed(
     if most_rows is not None:
         prompts_G = np.minimum(prompts_G, np.maximum((most_rows - answers_GS.sum(axis=1)) // copies, 1))
     store = _Store(prompts_G, answers_GS.reshape(-1), np.arange(sample + 1) * data.responses)
-    return _lengths(store, data.groups, share, scalar, data.text(max_length))
+    found = _lengths(store, data.groups, share, scalar, data.text(max_length))
+    if not data.spread:
+        return found
+    # Among many groups there are some with nothing but responses as long as they may be.
+    longest = data.responses * (max_length - 1)
+    return replace(found, longest=longest if most_rows is None else min(longest, most_rows))
 
 
 def _lengths(store: GroupStore | _Store, groups: int, share: bool, scalar: bool, said: str) -> Lengths:
@@ -99,7 +102,8 @@ def _lengths(store: GroupStore | _Store, groups: int, share: bool, scalar: bool,
     tokens_G = np.bincount(group_S, store.response_lengths, prompts).astype(np.int64)
     scored_G = np.diff(store.offsets) if scalar else tokens_G
     rows_G = stream_tokens(store, share, scalar)  # type: ignore[arg-type]
-    return Lengths(groups, rows_G, attention_area(store, share, scalar), scored_G, said)  # type: ignore[arg-type]
+    area_G = attention_area(store, share, scalar)  # type: ignore[arg-type]
+    return Lengths(groups, rows_G, area_G, scored_G, int(rows_G.max()), said)
 
 
 @dataclass(frozen=True)
