@@ -195,7 +195,7 @@ def report() -> str:
                 "# The planner beside published figures",
                 "",
                 "Written by `python tools/plan_published.py --write`. The published figures are their authors'; the",
-                "estimates are the planner's for megadpo on the same model, GPUs, grid and rows, without padding. Neither",
+                "estimates are the planner's for megadpo on the same model, GPUs, grid and rows, no padding. Neither",
                 "was measured by us, and no constant (`megadpo/plan/constants.py`) was fitted to this table. MFU is 3",
                 "forward passes over the peak of bfloat16, also in FP8; others count otherwise.",
                 "",

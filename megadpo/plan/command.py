@@ -12,7 +12,7 @@ from megadpo.errors import ConfigError, MegadpoError
 from megadpo.objectives.kinds import kind_of
 from megadpo.plan import constants as c
 from megadpo.plan import gpu_option
-from megadpo.plan.grids import Space
+from megadpo.plan.grids import Space, without_fp8
 from megadpo.plan.report import Report, of_the_model
 from megadpo.plan.search import Count, Search
 from megadpo.plan.workload import Assumed, Lengths, assumed, of_store
@@ -41,6 +41,8 @@ def plan(config: Config, request: Request, count: Count) -> Report:
     lengths, assumptions = data_of(config, request)
     space = Space(bare, read_shapes(bare, 1), gpu, request.gpus, lengths.longest)
     found = Search(space, lengths, count).run(every=request.rows is None, confirmed=request.rows or 15)
+    if without_fp8(config.model) != config.model:
+        assumptions.append("memory as in bfloat16: Transformer Engine, which knows FP8's copies, is not installed here")
     said = (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
     return Report(space, found, said, request.price, request.rows)
 

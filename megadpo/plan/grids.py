@@ -15,6 +15,7 @@ from megadpo.convert.shape import ModelShape
 from megadpo.errors import ConfigError, MachineError
 from megadpo.model.build import transformer_config
 from megadpo.observe.gpus import Gpu
+from megadpo.parallel.mcore_fixes import have_te
 from megadpo.train.inputs import Shapes, grid_problems
 
 TOKENS = (2048, 4096, 8192, 16384, 32768)
@@ -113,7 +114,7 @@ def check_space(space: Space) -> None:
             f"{near} or {near + per_node}; say --gpu ...,per_node=N for other nodes"
         )
     model = space.config.model
-    if model.fp8_format and not model.fp8_emulation and space.gpu.fp8_flops is None:
+    if model.real_fp8 and space.gpu.fp8_flops is None:
         raise ConfigError(f"model.fp8_format = {model.fp8_format}: {space.gpu.name} has no FP8; leave it out")
 
 
@@ -170,7 +171,7 @@ def reasons(space: Space, candidate: Candidate) -> tuple[str, ...]:
     config = candidate.applied(space.config)
     found = [*_of_settings(replace(config, model=space.config.model)), *_of_grid(space, config.parallel)]
     if not found:
-        found += _of_megatron(space.shapes.policy, config.parallel, candidate.recompute, config.model.dtype)
+        found += _of_megatron(space.shapes.policy, config.parallel, without_fp8(config.model))
     if not found and candidate.tokens < space.longest:
         found.append(f"batch.micro_batch_tokens = {candidate.tokens}: the longest group takes {space.longest} tokens")
     if not found and candidate.tensor > space.gpu.per_node:
@@ -191,11 +192,19 @@ def _of_grid(space: Space, parallel: ParallelConfig) -> tuple[str, ...]:
     return tuple(grid_problems(replace(space.config, parallel=parallel), space.shapes, space.gpus))
 
 
+def without_fp8(model: ModelConfig) -> ModelConfig:
+    """Where Transformer Engine is not installed, Megatron-Core's FP8 can neither be configured nor counted; the planned
+    machine has it. What FP8 needs of a grid is in config/check.py and convert/fit.py."""
+    if have_te() or not model.real_fp8:
+        return model
+    return ModelConfig(model.path, model.dtype, model.recompute, model.logprob_backend)
+
+
 @cache
-def _of_megatron(shape: ModelShape, parallel: ParallelConfig, recompute: str, dtype: str) -> tuple[str, ...]:
+def _of_megatron(shape: ModelShape, parallel: ParallelConfig, model: ModelConfig) -> tuple[str, ...]:
     """What Megatron-Core's configuration refuses, and what mcore_fixes does."""
     try:
-        transformer_config(shape, parallel, dtype, recompute, torch.device("cpu"))
+        transformer_config(shape, parallel, model, torch.device("cpu"))
     except (ConfigError, MachineError) as error:
         return (str(error),)
     except (ValueError, AssertionError) as error:

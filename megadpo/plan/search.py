@@ -10,7 +10,7 @@ from megadpo.convert.shape import ModelShape
 from megadpo.model.build import stage_layers
 from megadpo.observe.gpus import GIB, Gpu
 from megadpo.plan import constants as c
-from megadpo.plan.grids import Candidate, Rejected, Space, candidates, check_space, reasons, token_budgets
+from megadpo.plan.grids import Candidate, Rejected, Space, candidates, check_space, reasons, token_budgets, without_fp8
 from megadpo.plan.numbers import Memory, RankNumbers
 from megadpo.plan.time import Estimate, Situation, estimate
 from megadpo.plan.workload import Lengths, Work, work
@@ -201,9 +201,10 @@ class Search:
         if key not in self._numbers:
             shapes = self.space.shapes
             scored = tokens * self.lengths.scored_G.sum() / self.lengths.rows_G.sum()
+            given = candidate.applied(self.space.config)
             self._numbers[key] = self.count(
                 shapes.policy,
-                candidate.applied(self.space.config),
+                replace(given, model=without_fp8(given.model)),
                 self.space.gpus,
                 stage * candidate.tensor * candidate.data,  # ranks go tensor, data, pipeline
                 tokens,

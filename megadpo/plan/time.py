@@ -103,7 +103,7 @@ class Situation:
     @property
     def device(self) -> Device:
         model = self.config.model
-        return Device(self.gpu, model.fp8_recipe if model.fp8_format and not model.fp8_emulation else None)
+        return Device(self.gpu, model.fp8_recipe if model.real_fp8 else None)
 
     def wire(self, group: str, ranks: int) -> Wire:
         """Ranks are laid out tensor first, then data, then pipeline; experts are dealt to neighbours."""
