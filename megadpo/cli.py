@@ -22,6 +22,7 @@ from megadpo.parallel.ranks import Rank, joined
 if TYPE_CHECKING:
     from megadpo.config import Config
     from megadpo.launch import Job
+    from megadpo.plan.command import Request
     from megadpo.train.bench import Asked
 
 
@@ -110,6 +111,7 @@ def _parser() -> Parser:
     status = add("status", _status, "Step, speed, time left, restarts and job of a run.", run_file=False)
     status.add_argument("run_dir", metavar="RUN_DIR", help="the run folder")
     status.add_argument("--json", action="store_true", help="as one JSON object")
+    _plan_options(add("plan", _plan, "Memory, time and cost of a run on every grid of GPUs that are not here."))
     score = add("score", _score, "Write a reward model's scores into a data set.", run_file=False)
     score.add_argument("--reward", metavar="MODEL", required=True, help="a reward model's Hugging Face folder")
     score.add_argument("data", metavar="DATA", help="a file, folder or Hub id, of any kind")
@@ -124,6 +126,28 @@ def _parser() -> Parser:
     verify.add_argument("folder", metavar="DIR", help="one checkpoint, or a run folder for all of its checkpoints")
     add("schema", _schema, "Print the JSON schema of a run file, for editors.", run_file=False)
     return parser
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    """docs/plan.md explains."""
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="how many")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a100-80gb, h100-80gb, h200, b200, or memory=80GiB,bf16=989e12,..."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="instead: walk one step of one rank of the run file's own grid"
+    )
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="with --dry-run: which, from 0; 0")
+    parser.add_argument("--price", type=_positive(float), metavar="P", help="of one GPU for one hour: adds the cost")
+    parser.add_argument("--top", type=_positive(int), default=15, metavar="N", help="rows of the table; 15")
+    parser.add_argument("--all", action="store_true", help="every grid, and every way to run it")
+    parser.add_argument("--groups", type=_positive(int), metavar="N", help="groups (pairs) of the data")
+    for what in ("prompt", "response"):
+        parser.add_argument(
+            f"--{what}-tokens", type=_positive(float), metavar="N", help=f"mean tokens of a {what}; lengths are spread"
+        )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--svg", metavar="FILE", help="also write a picture")
 
 
 def _launch_options(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +287,34 @@ def _launch(options: argparse.Namespace) -> int:
         print((slurm.job_files() / "train.sbatch").read_text(encoding="utf-8"), end="")
         return 0
     print("\n".join(slurm.submitted(config, request, slurm.submit(config, request))))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megadpo.plan import command, picture, report
+    from megadpo.plan.profile import rank_numbers
+
+    rows = None if options.all else options.top
+    data = (options.groups, options.prompt_tokens, options.response_tokens)
+    request = command.Request(options.gpus, options.gpu or "", options.price, rows, *data)
+    if options.dry_run:
+        return _dry_run(options, request)
+    if options.gpu is None:
+        raise ConfigError("--gpu is not given: name the GPU, as in --gpu h100-80gb; only --dry-run goes without")
+    found = command.plan(_config(options), request, rank_numbers)
+    if options.svg:
+        from megadpo.files import write_text
+
+        write_text(Path(options.svg).expanduser(), picture.svg(found))
+    print(json.dumps(report.as_json(found), indent=1) if options.json else "\n".join(report.text(found)))
+    return 0 if found.found.plans else 1
+
+
+def _dry_run(options: argparse.Namespace, request: Request) -> int:
+    from megadpo.plan.dry_command import dry_run
+
+    found = dry_run(_config(options), request, options.rank)
+    print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(found.lines()))
     return 0
 
 

@@ -45,9 +45,7 @@ def prepare(
     StorageError.
     """
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
-    limit = Limit(data.max_length, data.truncation_mode)
-    if batch is not None and batch.micro_batch_tokens is not None:
-        limit = replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt, scalar=wanted.scalar)
+    limit = _limit(data, batch, wanted)
     folder = store_folder(sources, data, limit, tokenizer, wanted)
     if (folder / HEADER_FILE).is_file():
         return GroupStore.open(folder)
@@ -55,6 +53,22 @@ def prepare(
         raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
     _make(folder, sources, data, limit, model_path, tokenizer, wanted, on_progress)
     return GroupStore.open(folder)
+
+
+def prepared(
+    sources: tuple[str, ...], data: DataConfig, model_path: str, wanted: Wanted, batch: BatchConfig | None = None
+) -> GroupStore | None:
+    """What `prepare` would give where it has nothing to do; None where it would have to make it. Raises as it does."""
+    tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
+    folder = store_folder(sources, data, _limit(data, batch, wanted), tokenizer, wanted)
+    return GroupStore.open(folder) if (folder / HEADER_FILE).is_file() else None
+
+
+def _limit(data: DataConfig, batch: BatchConfig | None, wanted: Wanted) -> Limit:
+    limit = Limit(data.max_length, data.truncation_mode)
+    if batch is None or batch.micro_batch_tokens is None:
+        return limit
+    return replace(limit, rows=batch.micro_batch_tokens, share=batch.share_prompt, scalar=wanted.scalar)
 
 
 def store_folder(

@@ -176,8 +176,13 @@ def choose_budget(
     `multiple_of` (sequence parallelism splits the stream, FP8 takes rows by the block). Raises ConfigError where a
     group is longer than asked.
     """
-    asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
     tokens = [stream_tokens(store, batch.share_prompt, scalar) for store in stores]
+    return budget_for(tokens, ranks, pipeline, multiple_of, batch)
+
+
+def budget_for(tokens: list[np.ndarray], ranks: int, pipeline: int, multiple_of: int, batch: BatchConfig) -> Budget:
+    """`choose_budget`, where only the rows of each store's groups are known."""
+    asked, most_groups = batch.micro_batch_tokens, batch.micro_batch_size
     longest = max(int(t.max()) for t in tokens)
     if asked is not None:
         if asked % multiple_of:

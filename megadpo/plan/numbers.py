@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["tensor", "pipeline", "data", "expert", "embedding", "world"]
+Group = Literal["tensor", "pipeline", "data", "expert", "expert data", "embedding", "model", "world"]
+"""expert: ranks that a layer's experts are dealt to. expert data: replicas of the same experts. embedding: first and
+last stage, where they share a tied weight. model: tensor x pipeline, for the gradient norm."""
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,7 @@ class RankNumbers:
     parameters: int
     memory: Memory
     collectives: tuple[Collective, ...]
+    """In a fixed order. A group of one rank moves nothing and is left out."""
+    flops: float = 0.0
+    """Of the linear layers and the head, as they are executed: padding, recomputed layers and a resident reference's
+    pass included. Attention is left out: it depends on how groups share a stream. A multiply-add is two."""

@@ -60,6 +60,22 @@ def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
     kl: a reference is scored for an objective without one, too. Where none is, settings of it are an error.
     """
     policy = with_head(read_shape(_folder(config.model.path)), config.objective.head, config.model.path)
+    compares = config.objective.needs_reference or kl
+    reference = read_shape(_folder(config.reference.path)) if config.reference.path and compares else policy
+    shapes = Shapes(policy, reference)
+    problems = grid_problems(config, shapes, world_size)
+    if not compares:
+        problems += unused_reference(config)
+    if "kl_N" in config.objective.needs:
+        problems += _incomparable(policy, reference, config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return shapes
+
+
+def grid_problems(config: Config, shapes: Shapes, world_size: int) -> list[str]:
+    """Why the grid does not fit the models or the world; none where it does."""
+    policy, reference = shapes.policy, shapes.reference
     problems = check_grid(
         config,
         num_attention_heads=policy.num_attention_heads,
@@ -70,24 +86,15 @@ def read_shapes(config: Config, world_size: int, kl: bool = False) -> Shapes:
         kv_channels=policy.kv_channels,
     )
     problems += misfits(policy, config.parallel) + fp8_misfits(policy, config.model, config.parallel)
-    compares = config.objective.needs_reference or kl
-    if not compares:
-        problems += unused_reference(config)
-    reference = read_shape(_folder(config.reference.path)) if config.reference.path and compares else policy
     # a reference without experts may stand beside a policy whose experts are dealt
     grid = config.parallel if reference.experts else replace(config.parallel, expert_model_parallel_size=1)
     of_reference = misfits(reference, grid) + fp8_misfits(reference, config.model, grid)
-    problems += [f"reference: {line}" for line in of_reference if line not in problems]
     if config.parallel.tp_comm_overlap and reference.hidden_size != policy.hidden_size:
         problems.append(
             f"parallel.tp_comm_overlap = true: policy and reference share its buffers, and their hidden sizes are "
             f"{policy.hidden_size} and {reference.hidden_size}; leave it out"
         )
-    if "kl_N" in config.objective.needs:
-        problems += _incomparable(policy, reference, config)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return Shapes(policy, reference)
+    return problems + [f"reference: {line}" for line in of_reference if line not in problems]
 
 
 def _incomparable(policy: ModelShape, reference: ModelShape, config: Config) -> list[str]:

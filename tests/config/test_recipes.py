@@ -20,6 +20,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "kto-llama3-8b": {"loss_type": "kto", "beta": 0.1, "learning_rate": 5e-6, "batch": 32, "length": 1024},
     "orpo-mistral-7b": {"loss_type": "orpo", "beta": 0.1, "learning_rate": 5e-6, "batch": 32, "epochs": 5},
     "reward-llama3-8b": {"loss_type": "reward", "centering": 0.01},
+    "llama3-8b-dpo": {"loss_type": "dpo_norm", "beta": 5.0, "learning_rate": 5e-7, "batch": 128, "length": 2048},
+    "llama3-70b-dpo": {"loss_type": "dpo_norm", "beta": 5.0, "learning_rate": 2e-7, "batch": 128, "length": 2048},
+    "llama3-405b-dpo": {"loss_type": "dpo_norm", "beta": 5.0, "learning_rate": 2e-7, "batch": 256, "length": 2048},
 }
 
 

@@ -1,0 +1,92 @@
+"""`megadpo plan --dry-run`: one rank of the run file's own grid, walked and described."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megadpo.config import Config
+from megadpo.data.stream import budget_for
+from megadpo.errors import ConfigError
+from megadpo.observe.gpus import GIB
+from megadpo.plan.command import Request, data_of
+from megadpo.plan.dry_run import Walk, walk
+from megadpo.plan.even import Load
+from megadpo.plan.profile import Place
+from megadpo.plan.workload import Lengths, work
+from megadpo.train.inputs import read_shapes
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What was walked, and what came of it."""
+
+    place: Place
+    world: int
+    load: Load
+    assumptions: tuple[str, ...]
+    walk: Walk
+
+    def as_json(self) -> dict[str, Any]:
+        numbers = asdict(self.walk.numbers)
+        numbers["memory"]["total"] = self.walk.numbers.memory.total
+        return {
+            "world_size": self.world,
+            "place": asdict(self.place),
+            "load": asdict(self.load),
+            "assumptions": list(self.assumptions),
+            **numbers,
+            "seconds": self.walk.seconds,
+        }
+
+    def lines(self) -> list[str]:
+        numbers, place, load = self.walk.numbers, self.place, self.load
+        parts = [(name, size) for name, size in vars(numbers.memory).items() if size]
+        return [
+            f"rank {numbers.rank} of {self.world}: pipeline stage {place.stage} of {place.stages}, "
+            f"tensor rank {numbers.rank % place.tensor} of {place.tensor}, data rank {place.data_rank} of {place.data}",
+            *self.assumptions,
+            f"a step: {load.micro_batches} micro-batches of {load.tokens} rows, {load.scored} of them scored, "
+            f"{load.groups} groups in each",
+            f"parameters {numbers.parameters:,}",
+            "",
+            "GiB at the fullest instant",
+            *(f"  {name:<12} {size / GIB:10.3f}" for name, size in parts),
+            f"  {'total':<12} {numbers.memory.total / GIB:10.3f}",
+            "",
+            f"{'collective':<16} {'group':<12} {'ranks':>6} {'calls':>7} {'GiB':>10}",
+            *(
+                f"{one.kind:<16} {one.group:<12} {one.ranks:>6} {one.calls:>7} {one.bytes / GIB:>10.3f}"
+                for one in numbers.collectives
+            ),
+            "",
+            f"{numbers.flops:.3g} floating-point operations in linear layers and head; "
+            f"walked in {self.walk.seconds:.0f} s on fake tensors",
+        ]
+
+
+def dry_run(config: Config, request: Request, rank: int) -> DryRun:
+    """Raises ConfigError and ModelError."""
+    world = request.gpus
+    shapes = read_shapes(config, world)
+    if not 0 <= rank < world:
+        raise ConfigError(f"--rank {rank}: {world} GPUs have the ranks 0 to {world - 1}")
+    place = Place.of(config, world, rank)
+    lengths, assumptions = data_of(config, request)
+    load = load_of(config, lengths, place, shapes.policy.attended_pair_cost)
+    reference = None if shapes.reference is shapes.policy else shapes.reference
+    found = walk(shapes.policy, config, world, rank, load, reference=reference)
+    return DryRun(place, world, load, tuple(assumptions), found)
+
+
+def load_of(config: Config, lengths: Lengths, place: Place, pair_cost: float) -> Load:
+    """What the rank that has most to score works on: streams and their number are chosen and dealt as in a run."""
+    batch, grid = config.batch, config.parallel
+    multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
+    budget = budget_for([lengths.rows_G], place.data, place.stages, multiple_of, batch)
+    whole = place.stages if place.virtual > 1 else 1
+    done = work(lengths, batch.global_batch_size, place.data, budget.tokens, batch.micro_batch_size, whole, pair_cost)
+    responses = config.objective.responses or 4
+    groups = max(round(batch.global_batch_size / place.data / done.micro_batches), 1)
+    scored = min(max(round(done.most_scored), responses), budget.tokens)
+    return Load(budget.tokens, scored, done.micro_batches, min(groups, scored // responses))

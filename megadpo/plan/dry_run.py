@@ -1,0 +1,150 @@
+"""One whole step of one rank without its devices: what it holds, what it sends, how full it gets.
+
+`walk` runs train.step.train_step on fake tensors: forward and backward of all micro-batches in the schedule's order,
+head, gradient reduction, clipping, AdamW, parameter gather. `record` is the same on a rank that stands, fake or real.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megadpo.config import Config
+from megadpo.convert.shape import ModelShape
+from megadpo.data.batch import PackedBatch
+from megadpo.model.head import HeadOutput
+from megadpo.model.policy import Policy
+from megadpo.parallel.context import ParallelContext
+from megadpo.plan import counts
+from megadpo.plan.even import Load, even_batch
+from megadpo.plan.fake_world import fake_rank
+from megadpo.plan.numbers import RankNumbers
+from megadpo.plan.recorder import Recorder
+from megadpo.train.step import train_step
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A dry run of one rank."""
+
+    numbers: RankNumbers
+    seconds: float
+
+
+def walk(
+    shape: ModelShape,
+    config: Config,
+    world_size: int,
+    rank: int,
+    load: Load,
+    gpu: bool = True,
+    reference: ModelShape | None = None,
+) -> Walk:
+    """One step of rank `rank` of `world_size`. The grid fits the model and the world.
+
+    gpu: as fake_world.fake_rank. reference: shape of reference.path, the policy's where None.
+    """
+    began = time.perf_counter()
+    batches = even_batches(load, config)
+    with fake_rank(config.parallel, world_size, rank, gpu) as context:
+        numbers = record(shape, config, context, batches, reference)
+    return Walk(numbers, time.perf_counter() - began)
+
+
+def even_batches(load: Load, config: Config) -> list[PackedBatch]:
+    """A step's micro-batches, all alike. Make them outside a fake world: their data are real."""
+    column = config.objective.needs_reference and not has_resident(config)
+    return [even_batch(load, config.objective, column)] * load.micro_batches
+
+
+def has_resident(config: Config) -> bool:
+    """Whether a second model is beside the policy."""
+    return config.objective.needs_reference and config.reference.mode != "precomputed"
+
+
+def record(
+    shape: ModelShape,
+    config: Config,
+    context: ParallelContext,
+    batches: Sequence[PackedBatch],
+    reference: ModelShape | None = None,
+    fill: Callable[[Tensor], object] | None = None,
+    before: int = 0,
+) -> RankNumbers:
+    """Build this rank, fake or real, and record one step of it over its micro-batches.
+
+    fill: see counts.build. before: steps that are taken first and not recorded.
+    """
+    with Recorder(context) as recorder:
+        state = counts.build(shape, config, context, fill)
+        recorder.claim(counts.weight_tensors(state.chunks), "weights")
+        recorder.claim(counts.gradient_tensors(state.chunks), "gradients")
+        recorder.claim(counts.optimizer_tensors(state.optimizer), "optimizer")
+        other = _frozen(counts.modules_of(reference or shape, config, context), fill) if has_resident(config) else None
+        recorder.claim(counts.weight_tensors(other or []), "reference")
+        for module in [*state.modules, *(other or [])]:
+            tell_head(recorder, module)
+        tell_buffers(recorder)
+        mismatched = batches if "mismatched_kl" in config.objective.needs else None
+        for _ in range(before + 1):
+            recorder.start()
+            train_step(state, batches, config.objective, other, context, mismatched, config.seed)
+        return RankNumbers(
+            rank=context.rank,
+            stage=context.pipeline_rank,
+            parameters=counts.held_by(state).parameters,
+            memory=recorder.peak,
+            collectives=recorder.collectives,
+            flops=recorder.flops,
+        )
+
+
+def _frozen(modules: list[Policy], fill: Callable[[Tensor], object] | None) -> list[Policy]:
+    """As the run makes its resident reference."""
+    for module in modules:
+        module.eval().requires_grad_(False)
+    for parameter in counts.parameters_of(modules) if fill is not None else ():
+        fill(parameter.data)
+    return modules
+
+
+def tell_head(recorder: Recorder, module: Policy) -> None:
+    """What the head makes, forward and backward, counts as logits."""
+    if not module.post_process:
+        return
+    undo: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        undo.append(recorder.counting_as("logits"))
+        undo[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        undo.pop().__exit__(None, None, None)
+
+    def after_forward(head: torch.nn.Module, inputs: Any, output: HeadOutput) -> None:
+        end()
+        for result in (output.logprob_N, output.kl_N, output.rival_N):
+            if result is not None and result.grad_fn is not None:
+                result.grad_fn.register_prehook(begin)
+                result.grad_fn.register_hook(end)
+
+    module.output_layer.register_forward_pre_hook(begin)
+    module.output_layer.register_forward_hook(after_forward)
+
+
+def tell_buffers(recorder: Recorder) -> None:
+    """Megatron-Core's buffer for gathered activations counts as such. It lasts as long as the grid."""
+    buffer = parallel_state.get_global_memory_buffer()
+    get = buffer.get_tensor
+
+    def get_tensor(*args: Any, **kwargs: Any) -> Tensor:
+        with recorder.counting_as("buffers"):
+            return get(*args, **kwargs)
+
+    buffer.get_tensor = get_tensor

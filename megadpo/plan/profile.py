@@ -1,0 +1,292 @@
+"""Numbers of a rank without walking its whole step: short stages are measured, the rest is multiplication.
+
+For searching over grids. `dry_run.walk` is the long way; tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megadpo.config import Config
+from megadpo.convert.shape import ModelShape
+from megadpo.model.build import DTYPES, stage_layers
+from megadpo.parallel.context import expert_tensor_size
+from megadpo.plan import buckets
+from megadpo.plan.buckets import Sharding, Weight, bytes_of
+from megadpo.plan.dry_run import has_resident
+from megadpo.plan.numbers import Collective, Group, Memory, RankNumbers
+from megadpo.plan.stage import Stage, Working, kind_of, measured
+
+
+def rank_numbers(
+    shape: ModelShape,
+    config: Config,
+    world_size: int,
+    rank: int,
+    tokens: int,
+    scored: int,
+    micro_batches: int,
+    gpu: bool = True,
+    reference: ModelShape | None = None,
+) -> RankNumbers:
+    """What rank `rank` of `world_size` holds and sends in one step of config.parallel's grid.
+
+    config: grid, dtype, recompute, optimizer sharding and the reference's mode are read from it; nothing on the disk
+    is. The grid fits the model and the world (config.check.check_grid, convert.fit.misfits): not looked at here.
+    tokens: rows of one micro-batch's stream. scored: scored tokens of it; the other rows are taken for prompts.
+    micro_batches: of one data-parallel rank per step. reference: shape of a reference.path; the policy's where None.
+    gpu: the code that runs on GPUs (flash attention, fused norms), else what runs on a CPU.
+
+    A short stage is measured once per process for each (shape, tensor size, sequence parallel, recompute, tokens ...),
+    which takes about a second; afterwards a call takes milliseconds, so that hundreds of grids can be asked for.
+    Parameters, weights, gradients and optimizer state are exact. Activations and logits are within a few percent of
+    `dry_run.walk`. Of collectives, those of a few bytes (counts, norms, totals) are left out.
+    """
+    place = Place.of(config, world_size, rank)
+
+    def chunks_of(model: ModelShape) -> list[Chunk]:
+        def short(experts: bool, layers: int, first: bool, last: bool) -> Stage:
+            return measured(kind_of(model, config, experts, layers, first, last, tokens, scored, gpu))
+
+        return [_chunk(model, place, virtual, short) for virtual in range(place.virtual)]
+
+    chunks = chunks_of(shape)
+    others = chunks_of(reference or shape) if has_resident(config) else []
+    shares = [_shares(chunk.weights, config, place) for chunk in chunks]
+    width = DTYPES[config.model.dtype].itemsize
+    peak = max(_instants(chunks, place, micro_batches), key=lambda instant: instant.total)
+    tally = Tally()
+    for chunk in chunks:
+        tally.add_chunk(chunk, micro_batches, backward=True)
+    for chunk in others:
+        tally.add_chunk(chunk, micro_batches, backward=False)
+    rows = tokens // (place.tensor if config.parallel.sequence_parallel else 1)
+    message = rows * width
+    _tally_pipeline(tally, place, micro_batches, message * shape.hidden_size, 2)
+    if others:
+        _tally_pipeline(tally, place, micro_batches, message * (reference or shape).hidden_size, 1)
+    _tally_data(tally, shares, config, place)
+    _tally_gradients(tally, [weight for chunk in chunks for weight in chunk.weights], place)
+    dense_and_experts = [part for share in shares for part in share]
+    return RankNumbers(
+        rank=rank,
+        stage=place.stage,
+        parameters=sum(weight.size for chunk in chunks for weight in chunk.weights),
+        memory=Memory(
+            weights=sum(part.weights for part in dense_and_experts) + sum(chunk.frozen_bytes for chunk in chunks),
+            gradients=sum(part.gradients for part in dense_and_experts),
+            optimizer=sum(part.optimizer for part in dense_and_experts),
+            reference=sum(sum(w.size for w in chunk.weights) * width + chunk.frozen_bytes for chunk in others),
+            activations=peak.activations,
+            logits=peak.logits,
+            buffers=max(chunk.buffers for chunk in [*chunks, *others]),
+        ),
+        collectives=tally.collectives(),
+        flops=tally.flops,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of a rank in its grid. Ranks are laid out tensor first, then data, then pipeline, as in build_context."""
+
+    stage: int
+    stages: int
+    virtual: int
+    tensor: int
+    data: int
+    data_rank: int
+    expert_data: int
+    expert_data_rank: int
+
+    @staticmethod
+    def of(config: Config, world_size: int, rank: int) -> Place:
+        grid = config.parallel
+        tensor, stages = grid.tensor_model_parallel_size, grid.pipeline_model_parallel_size
+        data = world_size // (tensor * stages)
+        within = rank % (tensor * data)
+        expert_ranks = grid.expert_model_parallel_size * expert_tensor_size(grid)
+        return Place(
+            stage=rank // (tensor * data),
+            stages=stages,
+            virtual=grid.virtual_pipeline_model_parallel_size or 1,
+            tensor=tensor,
+            data=data,
+            data_rank=within // tensor,
+            expert_data=tensor * data // expert_ranks,
+            expert_data_rank=within // expert_ranks,
+        )
+
+    def is_first(self, virtual: int) -> bool:
+        """Whether the chunk has the embedding."""
+        return self.stage == 0 and virtual == 0
+
+    def is_last(self, virtual: int) -> bool:
+        """Whether the chunk has the head."""
+        return self.stage == self.stages - 1 and virtual == self.virtual - 1
+
+
+# ---- a model chunk
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A model chunk of this rank, as a sum of short ones: one layer with the ends, and more layers by difference."""
+
+    parts: tuple[tuple[Stage, int], ...]
+    """How often each counts; a stage of one layer is taken away from one of two, to have a layer alone."""
+    weights: tuple[Weight, ...]
+    frozen_bytes: int
+
+    def sum(self, value: Callable[[Stage], Working]) -> Working:
+        total = Working()
+        for stage, times in self.parts:
+            total = total + value(stage) * times
+        return total
+
+    @property
+    def buffers(self) -> int:
+        return max(stage.buffers for stage, _ in self.parts)
+
+
+def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool, int, bool, bool], Stage]) -> Chunk:
+    """short: measures a stage, given whether its layers have experts, how many, with the embedding, with the head."""
+    sizes = stage_layers(shape.num_layers, place.stages * place.virtual)
+    at = virtual * place.stages + place.stage
+    first_layer = sum(sizes[:at])
+    layers = [
+        shape.experts is not None and shape.experts.layers[layer]
+        for layer in range(first_layer, first_layer + sizes[at])
+    ]
+    ends = short(layers[0], 1, place.is_first(virtual), place.is_last(virtual))
+    more = Counter(layers[1:])
+    parts = [(ends, 1)]
+    for experts, count in sorted(more.items()):
+        parts += [(short(experts, 2, False, False), count), (short(experts, 1, False, False), -count)]
+    one = {experts: short(experts, 1, False, False) for experts in set(layers)}
+    inside = ends.in_layer.index(True)
+    after = inside + ends.in_layer.count(True)
+    return Chunk(
+        parts=tuple(parts),
+        weights=(*ends.weights[:inside], *_each(layers, one), *ends.weights[after:]),
+        frozen_bytes=sum(one[experts].frozen_bytes for experts in layers),
+    )
+
+
+def _each(layers: Iterable[bool], one: dict[bool, Stage]) -> Iterator[Weight]:
+    for experts in layers:
+        stage = one[experts]
+        yield from (weight for weight, inside in zip(stage.weights, stage.in_layer, strict=True) if inside)
+
+
+# ---- memory
+
+
+def _shares(weights: Sequence[Weight], config: Config, place: Place) -> list[buckets.Bytes]:
+    """Of the weights outside experts, and of experts'."""
+    grid = config.parallel
+    # Megatron-Core cuts buckets on the first stage only, and only where reduction overlaps with the backward pass
+    cut = max(40_000_000, 1_000_000 * place.data) if grid.overlap_grad_reduce and place.stage == 0 else None
+    width = DTYPES[config.model.dtype].itemsize
+    distributed = grid.use_distributed_optimizer
+    dense = Sharding(place.data, place.data_rank, distributed, cut, width)
+    expert = Sharding(place.expert_data, place.expert_data_rank, distributed, cut, width)
+    return [
+        bytes_of([weight for weight in weights if not weight.expert], dense),
+        bytes_of([weight for weight in weights if weight.expert], expert),
+    ]
+
+
+def _instants(chunks: Sequence[Chunk], place: Place, micro_batches: int) -> Iterator[Working]:
+    """How full the working memory is during every pass of the schedule."""
+    live = Working()
+    for virtual, forward in _order(place, micro_batches):
+        chunk = chunks[virtual]
+        if forward:
+            yield live + chunk.sum(lambda stage: stage.forward.fullest)
+            live = live + chunk.sum(lambda stage: stage.saved)
+        else:
+            live = live - chunk.sum(lambda stage: stage.saved)
+            yield live + chunk.sum(lambda stage: stage.backward.fullest)
+
+
+def _order(place: Place, micro_batches: int) -> list[tuple[int, bool]]:
+    """(model chunk, whether forward) of every pass, in Megatron-Core's order (schedules.py): forwards alone until the
+    pipeline is full, then one forward and one backward in turn, then backwards alone."""
+    behind = place.stages - place.stage - 1
+    warm = behind if place.virtual == 1 else 2 * behind + (place.virtual - 1) * place.stages
+    forwards = [
+        virtual
+        for group in range(0, micro_batches, place.stages)
+        for virtual in range(place.virtual)
+        for _ in range(group, min(group + place.stages, micro_batches))
+    ]
+    backwards = [place.virtual - 1 - virtual for virtual in forwards]
+    warm = min(warm, len(forwards))
+    order = [(virtual, True) for virtual in forwards[:warm]]
+    for done, virtual in enumerate(forwards[warm:]):
+        order += [(virtual, True), (backwards[done], False)]
+    return order + [(virtual, False) for virtual in backwards[len(forwards) - warm :]]
+
+
+# ---- collectives
+
+
+class Tally:
+    """Collectives and operations, added up."""
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[str, Group, int]] = Counter()
+        self._bytes: Counter[tuple[str, Group, int]] = Counter()
+        self.flops = 0.0
+
+    def add(self, kind: str, group: Group, ranks: int, calls: int, size: int) -> None:
+        """Nothing for a group of one rank."""
+        if ranks > 1 and calls:
+            self._calls[kind, group, ranks] += calls
+            self._bytes[kind, group, ranks] += size
+
+    def add_chunk(self, chunk: Chunk, micro_batches: int, backward: bool) -> None:
+        """What its layers do in every micro-batch."""
+        for stage, count in chunk.parts:
+            for one_pass in (stage.forward, stage.backward) if backward else (stage.forward,):
+                times = count * micro_batches
+                self.flops += one_pass.flops * times
+                for call in one_pass.calls:
+                    self.add(call.kind, call.group, call.ranks, call.calls * times, call.bytes * times)
+
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(Collective(*key, calls, self._bytes[key]) for key, calls in sorted(self._calls.items()) if calls)
+
+
+def _tally_pipeline(tally: Tally, place: Place, micro_batches: int, size: int, directions: int) -> None:
+    """Messages between stages. size: bytes of one. directions: 2 with a backward pass."""
+    if place.stages == 1:
+        return
+    inputs = sum(not place.is_first(virtual) for virtual in range(place.virtual)) * micro_batches
+    outputs = sum(not place.is_last(virtual) for virtual in range(place.virtual)) * micro_batches
+    received, sent = (inputs + outputs, inputs + outputs) if directions == 2 else (inputs, outputs)
+    tally.add("recv", "pipeline", place.stages, received, received * size)
+    tally.add("send", "pipeline", place.stages, sent, sent * size)
+
+
+def _tally_data(tally: Tally, shares: Sequence[Sequence[buckets.Bytes]], config: Config, place: Place) -> None:
+    """Gradients are reduced and weights gathered over the replicas, once per step."""
+    groups: tuple[tuple[Group, int], ...] = (("data", place.data), ("expert data", place.expert_data))
+    for share in shares:
+        for part, (group, ranks) in zip(share, groups, strict=True):
+            if config.parallel.use_distributed_optimizer:
+                tally.add("reduce_scatter", group, ranks, part.buckets, part.gradients)
+                tally.add("all_gather", group, ranks, part.buckets, part.weights)
+            else:
+                tally.add("all_reduce", group, ranks, part.buckets, part.gradients)
+
+
+def _tally_gradients(tally: Tally, weights: Sequence[Weight], place: Place) -> None:
+    """Of norms over the tensor-parallel ranks, of tied embeddings over the two stages that have them."""
+    summed = sum(weight.size for weight in weights if weight.summed) * buckets.GRADIENT
+    tally.add("all_reduce", "tensor", place.tensor, int(summed > 0), summed)
+    shared = sum(weight.size for weight in weights if weight.shared) * buckets.GRADIENT
+    tally.add("all_reduce", "embedding", min(place.stages, 2), int(shared > 0), shared)
