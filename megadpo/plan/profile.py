@@ -56,7 +56,6 @@ def rank_numbers(
     others = chunks_of(reference or shape) if has_resident(config) else []
     shares = [_shares(chunk.weights, config, place) for chunk in chunks]
     width = DTYPES[config.model.dtype].itemsize
-    peak = max(_instants(chunks, place, micro_batches), key=lambda instant: instant.total)
     tally = Tally()
     for chunk in chunks:
         tally.add_chunk(chunk, micro_batches, backward=True)
@@ -64,6 +63,8 @@ def rank_numbers(
         tally.add_chunk(chunk, micro_batches, backward=False)
     rows = tokens // (place.tensor if config.parallel.sequence_parallel else 1)
     message = rows * width
+    under_way = 0 if place.stages == 1 else UNDER_WAY if place.virtual == 1 else UNDER_WAY_INTERLEAVED
+    peak = max(_instants(chunks, place, micro_batches), key=lambda instant: instant.total)
     _tally_pipeline(tally, place, micro_batches, message * shape.hidden_size, 2)
     if others:
         _tally_pipeline(tally, place, micro_batches, message * (reference or shape).hidden_size, 1)
@@ -79,7 +80,7 @@ def rank_numbers(
             gradients=sum(part.gradients for part in dense_and_experts),
             optimizer=sum(part.optimizer for part in dense_and_experts),
             reference=sum(sum(w.size for w in chunk.weights) * width + chunk.frozen_bytes for chunk in others),
-            activations=peak.activations,
+            activations=peak.activations + under_way * message * shape.hidden_size,
             logits=peak.logits,
             buffers=max(chunk.buffers for chunk in [*chunks, *others]),
         ),
@@ -160,8 +161,9 @@ def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool,
         shape.experts is not None and shape.experts.layers[layer]
         for layer in range(first_layer, first_layer + sizes[at])
     ]
-    ends = short(layers[0], 1, place.is_first(virtual), place.is_last(virtual))
-    more = Counter(layers[1:])
+    # the last layer is the one whose backward pass runs while all others' activations are there
+    ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual))
+    more = Counter(layers[:-1])
     parts = [(ends, 1)]
     for experts, count in sorted(more.items()):
         parts += [(short(experts, 2, False, False), count), (short(experts, 1, False, False), -count)]
@@ -210,6 +212,11 @@ def _instants(chunks: Sequence[Chunk], place: Place, micro_batches: int) -> Iter
         else:
             live = live - chunk.sum(lambda stage: stage.saved)
             yield live + chunk.sum(lambda stage: stage.backward.fullest)
+
+
+UNDER_WAY, UNDER_WAY_INTERLEAVED = 1, 4
+"""Messages between stages that are there beside those that a micro-batch keeps: received ahead, or not yet sent. As
+many as walks show."""
 
 
 def _order(place: Place, micro_batches: int) -> list[tuple[int, bool]]:
@@ -273,13 +280,16 @@ def _tally_pipeline(tally: Tally, place: Place, micro_batches: int, size: int, d
 
 
 def _tally_data(tally: Tally, shares: Sequence[Sequence[buckets.Bytes]], config: Config, place: Place) -> None:
-    """Gradients are reduced and weights gathered over the replicas, once per step."""
+    """Gradients are reduced and weights gathered over the replicas, once per step. With experts Megatron-Core has two
+    optimizers, and each gathers the weights of both where the gather is not left to the next forward pass."""
     groups: tuple[tuple[Group, int], ...] = (("data", place.data), ("expert data", place.expert_data))
+    experts = any(share[1].weights for share in shares)
+    gathers = 2 if experts and not config.parallel.overlap_param_gather else 1
     for share in shares:
         for part, (group, ranks) in zip(share, groups, strict=True):
             if config.parallel.use_distributed_optimizer:
                 tally.add("reduce_scatter", group, ranks, part.buckets, part.gradients)
-                tally.add("all_gather", group, ranks, part.buckets, part.weights)
+                tally.add("all_gather", group, ranks, part.buckets * gathers, part.weights * gathers)
             else:
                 tally.add("all_reduce", group, ranks, part.buckets, part.gradients)
 

@@ -151,15 +151,18 @@ class Recorder(TorchDispatchMode):
 
 
 def _product(func: Any, args: tuple) -> float:
-    """Operations of a matrix product, a multiply-add being two; 0 for anything else."""
-    packet = func._overloadpacket
-    if packet is torch.ops.aten.mm:
+    """Operations of a matrix product, a multiply-add being two; 0 for anything else.
+
+    torch makes a linear layer a product of matrices, or a batch of them in which all have the same weight, by strides
+    that real and fake tensors need not share. Other batches are attention's heads."""
+    aten, packet = torch.ops.aten, func._overloadpacket
+    if packet is aten.mm or (packet is aten.bmm and args[1].stride(0) == 0):
         left, right = args[:2]
-    elif packet is torch.ops.aten.addmm or packet is torch.ops.aten.addmm_:
+    elif packet is aten.addmm or packet is aten.addmm_:
         left, right = args[1:3]
     else:
         return 0.0
-    return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+    return 2.0 * left.numel() * right.shape[-1]
 
 
 def _key(storage: torch.UntypedStorage) -> int:

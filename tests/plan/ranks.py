@@ -8,10 +8,12 @@ import torch
 from megadpo.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, ReferenceConfig
 from megadpo.convert.shape import Experts, LatentAttention, ModelShape, Norms
 from megadpo.data.batch import PackedBatch
+from megadpo.model.experts import ExpertChoice
 from megadpo.objectives import DPO, Objective
 from megadpo.parallel.context import grid
 from megadpo.plan.counts import Held, build, held_by
 from megadpo.plan.dry_run import record
+from megadpo.plan.fake_world import even_choice, replaced
 from megadpo.plan.numbers import RankNumbers
 
 LLAMA = ModelShape(
@@ -83,12 +85,13 @@ def held_for_real(device: torch.device, cases: Iterable[Case]) -> list[Held]:
     return found
 
 
-def recorded_for_real(device: torch.device, cases: Iterable[Case], batches: list[PackedBatch]) -> list[RankNumbers]:
-    """The second step in each of the ranks, on random weights."""
+def recorded_for_real(device: torch.device, cases: list[Case], batches: list[list[PackedBatch]]) -> list[RankNumbers]:
+    """The second step in each of the ranks, on random weights. A router chooses as the planner assumes."""
     found = []
-    for case in cases:
-        with grid(case.parallel, device, seed=0) as context:
+    for case, step in zip(cases, batches, strict=True):
+        even = replaced(ExpertChoice, "routing", even_choice(ExpertChoice.routing))
+        with even, grid(case.parallel, device, seed=0) as context:
             torch.manual_seed(context.rank)
-            numbers = record(case.shape, case.config, context, batches, fill=lambda p: p.normal_(std=0.02), before=1)
+            numbers = record(case.shape, case.config, context, step, fill=lambda p: p.normal_(std=0.02), before=1)
             found.append(numbers)
     return found

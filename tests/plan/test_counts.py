@@ -68,11 +68,15 @@ def test_nothing_is_left_behind() -> None:
         replaced = [getattr(owner, name) for owner, name, _ in fake_world.departures(gpu=True)]
         return [*replaced, dist.is_initialized(), parallel_state.model_parallel_is_initialized()]
 
+    def fail() -> None:
+        with fake_rank(ParallelConfig(2), 4, 3):
+            assert dist.get_rank() == 3
+            assert type(torch.empty(1)) is not torch.Tensor
+            raise KeyError
+
     before, state = seen(), torch.get_rng_state()
-    with pytest.raises(KeyError), fake_rank(ParallelConfig(2), 4, 3):
-        assert dist.get_rank() == 3
-        assert type(torch.empty(1)) is not torch.Tensor
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail()
     assert seen() == before
     assert torch.equal(torch.get_rng_state(), state)
     assert type(torch.empty(1)) is torch.Tensor

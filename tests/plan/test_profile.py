@@ -1,0 +1,105 @@
+"""The planner's short way against its long way."""
+
+from dataclasses import replace
+
+import pytest
+from ranks import LLAMA, MIXED, UNEVEN, Case
+from test_counts import GRIDS
+
+from megadpo.config import ParallelConfig
+from megadpo.plan.counts import held
+from megadpo.plan.dry_run import walk
+from megadpo.plan.even import Load
+from megadpo.plan.numbers import Collective, RankNumbers
+from megadpo.plan.profile import rank_numbers
+
+WIDE = replace(
+    LLAMA,
+    num_layers=6,
+    hidden_size=256,
+    ffn_hidden_size=704,
+    num_attention_heads=8,
+    kv_channels=32,
+    vocab_size=512,
+)
+LOAD = Load(tokens=512, scored=256, micro_batches=4)
+SMALL = 128
+"""Bytes: collectives of counts, norms and totals have less."""
+
+
+def light(case: Case, world: int, rank: int, load: Load = LOAD, gpu: bool = True) -> RankNumbers:
+    return rank_numbers(case.shape, case.config, world, rank, load.tokens, load.scored, load.micro_batches, gpu)
+
+
+@pytest.mark.parametrize("case", GRIDS, ids=lambda case: case.name)
+def test_what_lasts_is_exact(case: Case) -> None:
+    """On worlds four times as large as the smallest, so that everything is shared out."""
+    world = case.ranks * 4
+    for rank in {0, 3, world - 1}:
+        numbers, built = (
+            light(case, world, rank, Load(64, 32, 4), gpu=False),
+            held(case.shape, case.config, world, rank),
+        )
+        assert numbers.parameters == built.parameters
+        memory = numbers.memory
+        assert (memory.weights, memory.gradients, memory.optimizer) == (built.weights, built.gradients, built.optimizer)
+
+
+def test_many_buckets() -> None:
+    """Gradients that are reduced while the backward pass runs come in buckets of 40 million, on the first stage."""
+    large = replace(LLAMA, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, kv_channels=128)
+    case = Case("", large, ParallelConfig(2, 2, overlap_grad_reduce=True, overlap_param_gather=True), 4)
+    for rank in (0, 11, 23):
+        numbers, built = light(case, 24, rank), held(case.shape, case.config, 24, rank)
+        assert (numbers.memory.gradients, numbers.memory.optimizer) == (built.gradients, built.optimizer)
+
+
+WALKS = [
+    (Case("TP2 PP3, sequence parallel", WIDE, ParallelConfig(2, 3, sequence_parallel=True), 6), (4, 11)),
+    (Case("PP2 virtual, full recompute", WIDE, ParallelConfig(1, 2, 3), 2, recompute="full"), (0, 3)),
+    (
+        Case("no sharding, resident", WIDE, ParallelConfig(1, 2, use_distributed_optimizer=False), 2, resident=True),
+        (3,),
+    ),
+    (
+        Case(
+            "experts",
+            replace(MIXED, hidden_size=256, kv_channels=64, vocab_size=512),
+            ParallelConfig(2, expert_model_parallel_size=2, sequence_parallel=True),
+            2,
+        ),
+        (1,),
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "ranks"), WALKS, ids=lambda value: getattr(value, "name", ""))
+def test_the_rest_is_close(case: Case, ranks: tuple[int, ...]) -> None:
+    world = case.ranks * 2
+    for rank in ranks:
+        short, long = light(case, world, rank), walk(case.shape, case.config, world, rank, LOAD).numbers
+        assert short.flops == pytest.approx(long.flops, rel=1e-12)
+        assert _large(short) == _large(long)
+        assert (short.memory.reference, short.memory.buffers) == (long.memory.reference, long.memory.buffers)
+        working = [numbers.memory.activations + numbers.memory.logits for numbers in (short, long)]
+        assert working[0] == pytest.approx(working[1], rel=0.1)
+        assert short.memory.total == pytest.approx(long.memory.total, rel=0.03)
+
+
+def _large(numbers: RankNumbers) -> dict[tuple[str, str, int], int]:
+    """Bytes by kind and group."""
+    found = {(one.kind, one.group, one.ranks): one for one in numbers.collectives}
+    return {key: _rounded(one) for key, one in found.items() if one.bytes / one.calls > SMALL}
+
+
+def _rounded(one: Collective) -> int:
+    """Small calls of the same kind in the same group are in some of the sums."""
+    return round(one.bytes, -3)
+
+
+def test_more_grids_cost_little() -> None:
+    case = Case("", UNEVEN, ParallelConfig(1, 2), 2)
+    light(case, 8, 0)
+    first = light(case, 8, 0)
+    assert first == light(case, 8, 0)
+    assert light(case, 64, 0).memory.optimizer < first.memory.optimizer
