@@ -36,7 +36,8 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/gpu_parts.py
+	$(BIN)/python -m pytest -m gpu -p no:xdist -rs
 
 bench-gpu: install
 	$(BIN)/python tools/bench_gpu.py

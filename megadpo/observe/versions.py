@@ -22,6 +22,13 @@ PACKAGES = (
     "numpy",
 )
 MISSING = "not installed"
+WHEELS = {
+    "transformer_engine": 'pip install "megadpo[te]" (transformer-engine[pytorch]): FP8, fused layers, Adam and RoPE',
+    "flash_attn": "pip install flash-attn: FlashAttention inside Transformer Engine, beside cuDNN's attention",
+    "triton": "pip install triton: kernels of the head (torch's CUDA builds bring it)",
+    "amp_C": "NVIDIA's Apex from its sources, never PyPI's package of that name; of use only without the first",
+}
+"""What a GPU can use beside torch, by the module that shows it, and where it comes from."""
 NOT_NVIDIAS = "not NVIDIA's"
 
 
@@ -37,6 +44,13 @@ def versions() -> dict[str, str | list[str]]:
         "nvidia-driver": _driver(),
         "devices": gpus or [platform.processor() or platform.machine()],
     }
+
+
+def missing_wheels() -> list[str]:
+    """A line for everything that a GPU could use and that is not here."""
+    cuda = [] if torch.version.cuda else [f"torch {torch.__version__} is a build for CPUs: install one for CUDA"]
+    there = {module: importlib.util.find_spec(module) is not None for module in WHEELS}
+    return cuda + [f"{module} is missing: {how}" for module, how in WHEELS.items() if not there[module]]
 
 
 def package_warnings(found: dict[str, str | list[str]]) -> list[str]:

@@ -54,6 +54,7 @@ class Case:
     swap_steps: int = 0
     """Over 0: a swapped reference, each visit for so many steps."""
     fp8_reference: bool = False
+    tp_overlap: bool = False
     share: bool = True
     grain: int | None = None
     bucket_size: int | None = None
@@ -83,6 +84,7 @@ class Case:
             use_distributed_optimizer=self.distributed,
             overlap_grad_reduce=self.overlap,
             overlap_param_gather=self.overlap and self.distributed,
+            tp_comm_overlap=self.tp_overlap,
         )
 
 
