@@ -8,17 +8,18 @@ to data-parallel ranks are in the numbers. The same functions count a real rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megadpo.config import Config
+from megadpo.config import Config, ModelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.model.build import build_chunks
 from megadpo.model.policy import Policy
+from megadpo.model.reference import build_reference
 from megadpo.parallel.context import ParallelContext
 from megadpo.plan.fake_world import fake_rank
 from megadpo.train.optimizer import build_optimizer, wrap
@@ -41,6 +42,7 @@ class Held:
 
 def held(shape: ModelShape, config: Config, world_size: int, rank: int, gpu: bool = True) -> Held:
     """What rank `rank` of `world_size` holds. The grid fits the model and the world."""
+    config = without_te(config)
     with fake_rank(config.parallel, world_size, rank, gpu) as context:
         return held_by(build(shape, config, context))
 
@@ -62,10 +64,20 @@ def build(
 
 def modules_of(shape: ModelShape, config: Config, context: ParallelContext) -> list[Policy]:
     """This rank's bare model chunks."""
-    model = config.model
-    # the Triton head holds the same memory, and takes no fake tensors
-    backend = "chunked" if model.logprob_backend == "triton" else model.logprob_backend
-    return build_chunks(shape, config.parallel, context, model.dtype, model.recompute, backend)
+    return build_chunks(shape, config.parallel, context, config.model)
+
+
+def reference_of(shape: ModelShape, config: Config, context: ParallelContext) -> list[Policy]:
+    """This rank's chunks of a frozen model beside the policy."""
+    return build_reference(shape, config.parallel, context, config.model, config.reference.fp8_weights)
+
+
+def without_te(config: Config) -> Config:
+    """Without what needs Transformer Engine, whose kernels take no fake tensors: FP8 products and the overlap inside
+    tensor-parallel layers. Nor do Triton's; its head holds the same memory as the chunked one."""
+    backend = "chunked" if config.model.logprob_backend == "triton" else config.model.logprob_backend
+    model = replace(ModelConfig(config.model.path, config.model.dtype, config.model.recompute), logprob_backend=backend)
+    return replace(config, model=model, parallel=replace(config.parallel, tp_comm_overlap=False))
 
 
 def held_by(state: TrainState) -> Held:

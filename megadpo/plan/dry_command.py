@@ -10,6 +10,7 @@ from megadpo.data.stream import budget_for
 from megadpo.errors import ConfigError
 from megadpo.observe.gpus import GIB
 from megadpo.plan.command import Request, data_of
+from megadpo.plan.counts import without_te
 from megadpo.plan.dry_run import Walk, walk
 from megadpo.plan.even import Load
 from megadpo.plan.profile import Place
@@ -73,6 +74,11 @@ def dry_run(config: Config, request: Request, rank: int) -> DryRun:
         raise ConfigError(f"--rank {rank}: {world} GPUs have the ranks 0 to {world - 1}")
     place = Place.of(config, world, rank)
     lengths, assumptions = data_of(config, request)
+    if without_te(config) != config:
+        assumptions = [
+            *assumptions,
+            "counted without Transformer Engine's and Triton's kernels: model.fp8_format as bfloat16",
+        ]
     load = load_of(config, lengths, place, shapes.policy.attended_pair_cost)
     reference = None if shapes.reference is shapes.policy else shapes.reference
     found = walk(shapes.policy, config, world, rank, load, reference=reference)

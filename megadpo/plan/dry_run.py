@@ -26,6 +26,7 @@ from megadpo.plan.even import Load, even_batch
 from megadpo.plan.fake_world import fake_rank
 from megadpo.plan.numbers import RankNumbers
 from megadpo.plan.recorder import Recorder
+from megadpo.train.passes import with_reference
 from megadpo.train.step import train_step
 
 
@@ -51,6 +52,7 @@ def walk(
     gpu: as fake_world.fake_rank. reference: shape of reference.path, the policy's where None.
     """
     began = time.perf_counter()
+    config = counts.without_te(config)
     batches = even_batches(load, config)
     with fake_rank(config.parallel, world_size, rank, gpu) as context:
         numbers = record(shape, config, context, batches, reference)
@@ -59,12 +61,12 @@ def walk(
 
 def even_batches(load: Load, config: Config) -> list[PackedBatch]:
     """A step's micro-batches, all alike. Make them outside a fake world: their data are real."""
-    column = config.objective.needs_reference and not has_resident(config)
+    column = config.objective.needs_reference and config.reference.mode != "resident"
     return [even_batch(load, config.objective, column)] * load.micro_batches
 
 
-def has_resident(config: Config) -> bool:
-    """Whether a second model is beside the policy."""
+def has_second(config: Config) -> bool:
+    """Whether there is a second model, beside the policy or coming and going."""
     return config.objective.needs_reference and config.reference.mode != "precomputed"
 
 
@@ -86,15 +88,22 @@ def record(
         recorder.claim(counts.weight_tensors(state.chunks), "weights")
         recorder.claim(counts.gradient_tensors(state.chunks), "gradients")
         recorder.claim(counts.optimizer_tensors(state.optimizer), "optimizer")
-        other = _frozen(counts.modules_of(reference or shape, config, context), fill) if has_resident(config) else None
+        other = _frozen(counts.reference_of(reference or shape, config, context), fill) if has_second(config) else None
         recorder.claim(counts.weight_tensors(other or []), "reference")
         for module in [*state.modules, *(other or [])]:
             tell_head(recorder, module)
         tell_buffers(recorder)
         mismatched = batches if "mismatched_kl" in config.objective.needs else None
+        arguments = (state, batches, config.objective)
+        visit = Visit(other, recorder) if other is not None and config.reference.mode == "swapped" else None
         for _ in range(before + 1):
             recorder.start()
-            train_step(state, batches, config.objective, other, context, mismatched, config.seed)
+            if visit is None:
+                train_step(*arguments, other, context, mismatched, config.seed)
+                continue
+            train_step(*arguments, None, context, mismatched, config.seed, before_update=visit.come)
+            with_reference(visit.chunks, [*batches, *(mismatched or [])], context)
+            visit.leave()
         return RankNumbers(
             rank=context.rank,
             stage=context.pipeline_rank,
@@ -105,12 +114,33 @@ def record(
         )
 
 
+class Visit:
+    """A swapped reference comes when activations are gone, scores and leaves (train/swapped.py). It does so for several
+    steps at once; here for one, so that every step has its share of what that sends and computes."""
+
+    def __init__(self, chunks: list[Policy], recorder: Recorder) -> None:
+        self.chunks, self._recorder = chunks, recorder
+        self._shapes = {parameter: parameter.shape for parameter in counts.parameters_of(chunks)}
+        self.leave()
+
+    def come(self) -> None:
+        with self._recorder.counting_as("reference"):
+            for parameter, size in self._shapes.items():
+                parameter.data = torch.empty(size, dtype=parameter.dtype, device=parameter.device)
+
+    def leave(self) -> None:
+        for parameter in self._shapes:
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
 def _frozen(modules: list[Policy], fill: Callable[[Tensor], object] | None) -> list[Policy]:
-    """As the run makes its resident reference."""
-    for module in modules:
-        module.eval().requires_grad_(False)
-    for parameter in counts.parameters_of(modules) if fill is not None else ():
-        fill(parameter.data)
+    """With something in them: weights in FP8 have zeros, and the others what `fill` gives."""
+    if fill is not None:
+        for parameter in counts.parameters_of(modules):
+            fill(parameter.data)
+        for module in modules:
+            for buffer in module.buffers():
+                buffer.zero_()
     return modules
 
 

@@ -228,7 +228,7 @@ class FusedNorm(torch.autograd.Function):
 
 
 def _without_te() -> list[tuple[Any, str, Any]]:
-    """Transformer Engine's kernels take no fake tensors: layers and optimizer are those without it."""
+    """Transformer Engine's and Apex's kernels take no fake tensors: layers and optimizer are those without them."""
     import megatron.core.optimizer as optimizers
     import megatron.core.optimizer.distrib_optimizer as distributed
     from megatron.core.transformer import multi_latent_attention
@@ -237,6 +237,7 @@ def _without_te() -> list[tuple[Any, str, Any]]:
 
     return [
         (mcore_fixes, "have_te", lambda: False),
+        (mcore_fixes, "have_apex_gradients", lambda: False),
         (optimizers, "Adam", mcore_fixes.StatelessStepAdam),
         (distributed, "Adam", mcore_fixes.StatelessStepAdam),
         (clip_grads, "multi_tensor_applier", local_multi_tensor_applier),

@@ -15,9 +15,9 @@ from megadpo.model.build import DTYPES, stage_layers
 from megadpo.parallel.context import expert_tensor_size
 from megadpo.plan import buckets
 from megadpo.plan.buckets import Sharding, Weight, bytes_of
-from megadpo.plan.dry_run import has_resident
+from megadpo.plan.dry_run import has_second
 from megadpo.plan.numbers import Collective, Group, Memory, RankNumbers
-from megadpo.plan.stage import Stage, Working, kind_of, measured
+from megadpo.plan.stage import Frozen, Stage, StageKind, Working, frozen, kind_of, measured
 
 
 def rank_numbers(
@@ -46,14 +46,22 @@ def rank_numbers(
     """
     place = Place.of(config, world_size, rank)
 
-    def chunks_of(model: ModelShape) -> list[Chunk]:
-        def short(experts: bool, layers: int, first: bool, last: bool) -> Stage:
-            return measured(kind_of(model, config, experts, layers, first, last, tokens, scored, gpu))
+    def kind(model: ModelShape, experts: bool, layers: int, first: bool, last: bool) -> StageKind:
+        return kind_of(model, config, experts, layers, first, last, tokens, scored, gpu)
 
-        return [_chunk(model, place, virtual, short) for virtual in range(place.virtual)]
+    def chunks_of(model: ModelShape) -> list[Chunk]:
+        return [
+            _chunk(model, place, virtual, lambda *what: measured(kind(model, *what)))
+            for virtual in range(place.virtual)
+        ]
 
     chunks = chunks_of(shape)
-    others = chunks_of(reference or shape) if has_resident(config) else []
+    other = reference or shape
+    others = chunks_of(other) if has_second(config) else []
+    frozen_bytes = sum(
+        _frozen_bytes(other, place, virtual, lambda *what: frozen(kind(other, *what), config.reference.fp8_weights))
+        for virtual in range(len(others))
+    )
     shares = [_shares(chunk.weights, config, place) for chunk in chunks]
     width = DTYPES[config.model.dtype].itemsize
     tally = Tally()
@@ -67,20 +75,27 @@ def rank_numbers(
     peak = max(_instants(chunks, place, micro_batches), key=lambda instant: instant.total)
     _tally_pipeline(tally, place, micro_batches, message * shape.hidden_size, 2)
     if others:
-        _tally_pipeline(tally, place, micro_batches, message * (reference or shape).hidden_size, 1)
+        _tally_pipeline(tally, place, micro_batches, message * other.hidden_size, 1)
     _tally_data(tally, shares, config, place)
     _tally_gradients(tally, [weight for chunk in chunks for weight in chunk.weights], place)
     dense_and_experts = [part for share in shares for part in share]
+    peak = peak + Working(activations=under_way * message * shape.hidden_size)
+    if config.reference.mode == "swapped":  # it is not there while the policy has activations
+        visit = max((chunk.scoring for chunk in others), key=lambda scoring: scoring.total, default=Working())
+        if frozen_bytes + visit.total > peak.total:
+            peak = visit
+        else:
+            frozen_bytes = 0
     return RankNumbers(
         rank=rank,
         stage=place.stage,
         parameters=sum(weight.size for chunk in chunks for weight in chunk.weights),
         memory=Memory(
-            weights=sum(part.weights for part in dense_and_experts) + sum(chunk.frozen_bytes for chunk in chunks),
+            weights=sum(part.weights for part in dense_and_experts) + sum(chunk.buffer_bytes for chunk in chunks),
             gradients=sum(part.gradients for part in dense_and_experts),
             optimizer=sum(part.optimizer for part in dense_and_experts),
-            reference=sum(sum(w.size for w in chunk.weights) * width + chunk.frozen_bytes for chunk in others),
-            activations=peak.activations + under_way * message * shape.hidden_size,
+            reference=frozen_bytes,
+            activations=peak.activations,
             logits=peak.logits,
             buffers=max(chunk.buffers for chunk in [*chunks, *others]),
         ),
@@ -139,12 +154,20 @@ class Chunk:
     parts: tuple[tuple[Stage, int], ...]
     """How often each counts; a stage of one layer is taken away from one of two, to have a layer alone."""
     weights: tuple[Weight, ...]
-    frozen_bytes: int
+    buffer_bytes: int
 
     def sum(self, value: Callable[[Stage], Working]) -> Working:
         total = Working()
         for stage, times in self.parts:
             total = total + value(stage) * times
+        return total
+
+    @property
+    def scoring(self) -> Working:
+        """Without gradient the second layer adds its input, and further ones nothing."""
+        total = self.parts[0][0].scoring
+        if len(self.parts) > 1:
+            total = total + self.parts[1][0].scoring - self.parts[2][0].scoring
         return total
 
     @property
@@ -154,13 +177,7 @@ class Chunk:
 
 def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool, int, bool, bool], Stage]) -> Chunk:
     """short: measures a stage, given whether its layers have experts, how many, with the embedding, with the head."""
-    sizes = stage_layers(shape.num_layers, place.stages * place.virtual)
-    at = virtual * place.stages + place.stage
-    first_layer = sum(sizes[:at])
-    layers = [
-        shape.experts is not None and shape.experts.layers[layer]
-        for layer in range(first_layer, first_layer + sizes[at])
-    ]
+    layers = _layers(shape, place, virtual)
     # the last layer is the one whose backward pass runs while all others' activations are there
     ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual))
     more = Counter(layers[:-1])
@@ -173,8 +190,23 @@ def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool,
     return Chunk(
         parts=tuple(parts),
         weights=(*ends.weights[:inside], *_each(layers, one), *ends.weights[after:]),
-        frozen_bytes=sum(one[experts].frozen_bytes for experts in layers),
+        buffer_bytes=sum(one[experts].buffer_bytes for experts in layers),
     )
+
+
+def _layers(shape: ModelShape, place: Place, virtual: int) -> list[bool]:
+    """Of every layer of the chunk, whether it has experts."""
+    sizes = stage_layers(shape.num_layers, place.stages * place.virtual)
+    at = virtual * place.stages + place.stage
+    first = sum(sizes[:at])
+    return [shape.experts is not None and shape.experts.layers[layer] for layer in range(first, first + sizes[at])]
+
+
+def _frozen_bytes(shape: ModelShape, place: Place, virtual: int, short: Callable[..., Frozen]) -> int:
+    """Of a chunk of a model that is not trained. short: as for `_chunk`."""
+    layers = _layers(shape, place, virtual)
+    ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual)).ends
+    return ends + sum(short(experts, 1, False, False).layer for experts in layers)
 
 
 def _each(layers: Iterable[bool], one: dict[bool, Stage]) -> Iterator[Weight]:

@@ -16,9 +16,11 @@ from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.head import Asked, HeadOutput, Rivals
 from megadpo.model.policy import Policy
+from megadpo.model.reference import build_reference
 from megadpo.objectives import Objective
 from megadpo.plan import counts
 from megadpo.plan.buckets import Weight
+from megadpo.plan.counts import without_te
 from megadpo.plan.dry_run import tell_buffers, tell_head
 from megadpo.plan.even import Load, even_batch
 from megadpo.plan.fake_world import fake_rank
@@ -86,12 +88,14 @@ class Stage:
     """In the order in which the module has them."""
     in_layer: tuple[bool, ...]
     """Of each weight, whether it belongs to the first layer."""
-    frozen_bytes: int
-    """Of the layer's buffers."""
+    buffer_bytes: int
+    """Of the layer's buffers that belong to the weights."""
     saved: Working
     """What one micro-batch leaves between its forward and its backward pass."""
     forward: Pass
     backward: Pass
+    scoring: Working
+    """At the fullest instant of a forward pass without gradient."""
     buffers: int
 
 
@@ -122,7 +126,7 @@ def kind_of(
         expert_model_parallel_size=given.expert_model_parallel_size if shape.experts else 1,
         sequence_parallel=given.sequence_parallel,
     )
-    model = replace(config.model, path="")
+    model = replace(without_te(config).model, path="")
     # what the head is asked for is all that matters of the objective; without a head nothing does
     return StageKind(short, model, grid, config.objective, tokens, scored, gpu, first, last)
 
@@ -151,6 +155,10 @@ def measured(kind: StageKind) -> Stage:
             dtype = chunk.module.config.params_dtype
             hidden_TD = torch.empty(rows, 1, kind.shape.hidden_size, dtype=dtype, requires_grad=True)
             chunk.module.set_input_tensor([hidden_TD])
+        with torch.no_grad():
+            chunk(*_asked(batch.to(context.device), chunk.module, objective))
+        scoring = _working(vars(recorder.peak)) - there
+        recorder.start()
         output = chunk(*_asked(batch.to(context.device), chunk.module, objective))
         saved = _working(recorder.live) - there
         forward = Pass(_working(vars(recorder.peak)) - there, recorder.collectives, recorder.flops)
@@ -161,12 +169,35 @@ def measured(kind: StageKind) -> Stage:
         return Stage(
             weights=tuple(_weight(parameter) for _, parameter in named),
             in_layer=tuple(name.startswith(LAYER) for name, _ in named),
-            frozen_bytes=sum(b.nbytes for name, b in chunk.module.named_buffers() if name.startswith(LAYER)),
+            buffer_bytes=sum(b.nbytes for name, b in chunk.module.named_buffers() if name.startswith(LAYER)),
             saved=saved,
             forward=forward,
             backward=backward,
+            scoring=scoring,
             buffers=recorder.live["buffers"],
         )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Bytes of a short stage of a model that is not trained."""
+
+    layer: int
+    """Its first layer."""
+    ends: int
+    """Embedding, last norm, head, as far as it has them."""
+
+
+@lru_cache(maxsize=4096)
+def frozen(kind: StageKind, fp8_weights: bool) -> Frozen:
+    """Build it as a run builds its resident reference."""
+    world, rank = place(kind)
+    with fake_rank(kind.parallel, world, rank, kind.gpu) as context:
+        [module] = build_reference(kind.shape, kind.parallel, context, kind.model, fp8_weights)
+        named = [*module.named_parameters(), *module.named_buffers()]
+        layers = counts.nbytes(tensor for name, tensor in named if name.startswith("decoder.layers."))
+        one = counts.nbytes(tensor for name, tensor in named if name.startswith(LAYER))
+        return Frozen(one, counts.nbytes(tensor for _, tensor in named) - layers)
 
 
 def place(kind: StageKind) -> tuple[int, int]:

@@ -52,6 +52,11 @@ LATENT = replace(
 )
 
 
+RESIDENT = ReferenceConfig(mode="resident")
+HELD_IN_FP8 = ReferenceConfig(mode="resident", fp8_weights=True)
+SWAPPED = ReferenceConfig(mode="swapped")
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -60,7 +65,7 @@ class Case:
     ranks: int
     dtype: str = "bfloat16"
     recompute: str = "none"
-    resident: bool = False
+    reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009  frozen
     objective: Objective = DPO()  # noqa: RUF009  frozen
 
     @property
@@ -70,7 +75,7 @@ class Case:
             model=ModelConfig("nowhere", dtype=self.dtype, recompute=self.recompute),
             data=DataConfig(("nowhere",)),
             objective=self.objective,
-            reference=ReferenceConfig(mode="resident" if self.resident else "precomputed"),
+            reference=self.reference,
             parallel=self.parallel,
             optimizer=OptimizerConfig(weight_decay=0.1),
         )

@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 from distributed import run_ranks
-from ranks import LATENT, LLAMA, MIXED, OLMO, REWARD, TIED, UNEVEN, Case, recorded_for_real
+from ranks import (
+    HELD_IN_FP8,
+    LATENT,
+    LLAMA,
+    MIXED,
+    OLMO,
+    RESIDENT,
+    REWARD,
+    SWAPPED,
+    TIED,
+    UNEVEN,
+    Case,
+    recorded_for_real,
+)
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.families import read_shape
@@ -20,7 +33,9 @@ STEPS = [
     Case("one rank", SHORT, ParallelConfig(), 1),
     Case("float32, no sharding", SHORT, ParallelConfig(use_distributed_optimizer=False), 1, "float32"),
     Case("full recompute", SHORT, ParallelConfig(), 1, recompute="full"),
-    Case("resident reference", SHORT, ParallelConfig(), 1, resident=True),
+    Case("resident reference", SHORT, ParallelConfig(), 1, reference=RESIDENT),
+    Case("reference in FP8", SHORT, ParallelConfig(), 1, reference=HELD_IN_FP8),
+    Case("swapped reference", SHORT, ParallelConfig(), 1, reference=SWAPPED),
     Case("whole batch at once", SHORT, ParallelConfig(), 1, objective=AOT()),
     Case("reward model", replace(REWARD, num_layers=2), ParallelConfig(), 1, objective=BradleyTerry()),
     Case("TP2", SHORT, ParallelConfig(2), 2),
@@ -30,7 +45,7 @@ STEPS = [
     Case("DP2, overlap", SHORT, ParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True), 2),
     Case("DP2, no sharding", SHORT, ParallelConfig(use_distributed_optimizer=False), 2),
     Case("EP2", replace(MIXED, num_layers=2), ParallelConfig(expert_model_parallel_size=2), 2),
-    Case("TP2 PP2, resident", TIED, ParallelConfig(2, 2, sequence_parallel=True), 4, resident=True),
+    Case("TP2 PP2, resident", TIED, ParallelConfig(2, 2, sequence_parallel=True), 4, reference=RESIDENT),
     Case(
         "TP2 EP2 DP2",
         replace(MIXED, num_layers=2),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from ranks import LLAMA, MIXED, UNEVEN, Case
+from ranks import HELD_IN_FP8, LLAMA, MIXED, RESIDENT, SWAPPED, UNEVEN, Case
 from test_counts import GRIDS
 
 from megadpo.config import ParallelConfig
@@ -57,10 +57,9 @@ def test_many_buckets() -> None:
 WALKS = [
     (Case("TP2 PP3, sequence parallel", WIDE, ParallelConfig(2, 3, sequence_parallel=True), 6), (4, 11)),
     (Case("PP2 virtual, full recompute", WIDE, ParallelConfig(1, 2, 3), 2, recompute="full"), (0, 3)),
-    (
-        Case("no sharding, resident", WIDE, ParallelConfig(1, 2, use_distributed_optimizer=False), 2, resident=True),
-        (3,),
-    ),
+    (Case("resident", WIDE, ParallelConfig(1, 2, use_distributed_optimizer=False), 2, reference=RESIDENT), (3,)),
+    (Case("resident in FP8", WIDE, ParallelConfig(2), 2, reference=HELD_IN_FP8), (0,)),
+    (Case("swapped", WIDE, ParallelConfig(), 1, recompute="full", reference=SWAPPED), (0,)),
     (
         Case(
             "experts",
