@@ -8,7 +8,7 @@ to data-parallel ranks are in the numbers. The same functions count a real rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -65,7 +65,7 @@ def modules_of(shape: ModelShape, config: Config, context: ParallelContext) -> l
     model = config.model
     # the Triton head holds the same memory, and takes no fake tensors
     backend = "chunked" if model.logprob_backend == "triton" else model.logprob_backend
-    return build_chunks(shape, config.parallel, context, model.dtype, model.recompute, backend)
+    return build_chunks(shape, config.parallel, context, replace(model, logprob_backend=backend))
 
 
 def held_by(state: TrainState) -> Held:
