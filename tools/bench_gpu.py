@@ -340,7 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a toy, to see that the script works")
     parser.add_argument("--layers", type=int, default=LLAMA_8B.layers, help="of the model (%(default)s)")
     parser.add_argument("--steps", type=int, help="measured ones")
-    parser.add_argument("--parts", default="rows,sides,kernels", help="of %(default)s")
+    parser.add_argument("--parts", default="rows,sides,kernels,plan", help="of %(default)s; plan needs no GPU")
+    parser.add_argument("--gpu", help="whose predictions to take, as `megadpo plan --gpu` has it; this machine's")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows and sides whose name has this in it")
     parser.add_argument("--again", action="store_true", help="measure what an earlier start has measured, too")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing after so long")
@@ -351,10 +352,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     size = TINY if args.tiny else replace(LLAMA_8B, layers=args.layers)
     size = size if args.steps is None else replace(size, steps=args.steps)
-    if not args.tiny and not on_gpu:
+    if not args.tiny and not on_gpu and set(args.parts.split(",")) - {"plan"}:
         print("bench_gpu: this machine has no GPU: a model of this size needs one; --tiny shows that the script works")
         return 2
     known = gpu_named(torch.cuda.get_device_name()) if on_gpu else None
+    gpu = args.gpu or (known.name if known else None)
     said = shlex.join(argv if argv is not None else sys.argv[1:])
     kept = Kept(args.output or RESULTS, size, f"python tools/bench_gpu.py {said}".strip(), args.again)
     parts, end = args.parts.split(","), time.monotonic() + 60 * args.minutes
@@ -366,12 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if kept.missing("rows", row.name):
                 kept.keep("rows", row.name, measure(row, size, folder, on_gpu, run))
                 print(_line(row, kept.found, size), flush=True)
-            if kept.found["predicted"].get(row.name) is None:
-                kept.keep("predicted", row.name, predicted(row, size, folder, known.name if known else None, run))
         for name in ("layouts", *RIVALS) if "sides" in parts else ():
             if args.only in name and kept.missing("tables", name) and time.monotonic() < end:
                 compared = LAYOUTS if name == "layouts" else f"{name},shared"
                 kept.keep("tables", name, tables(compared, size, on_gpu, run))
+        for row in rows(size) if "plan" in parts else []:
+            if args.only in row.name and kept.found["predicted"].get(row.name) is None and time.monotonic() < end:
+                kept.keep("predicted", row.name, predicted(row, size, folder, gpu, run))
         if "kernels" in parts and args.only in "kernels" and kept.missing("tables", "kernels"):
             kept.keep("tables", "kernels", kernels(on_gpu, run))
     print(f"{kept.output}: written")

@@ -114,3 +114,14 @@ def test_figures_of_another_size_are_not_mixed(tmp_path: Path) -> None:
 def test_a_full_size_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_gpu.main([]) == 2
     assert "this machine has no GPU" in capsys.readouterr().out
+
+
+def test_predictions_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = {"tokens": 4096, "reference": "precomputed", "recompute": "none"}
+    plan = {"grid": grid, "update_seconds": 2.5, "mfu": 0.5, "memory": {"total": 2**33}}
+    monkeypatch.setattr(bench_gpu, "run", answered(json.dumps({"grids": [plan]})))
+    output = tmp_path / "x.md"
+    arguments = ["--parts", "plan", "--gpu", "h200", "--output", str(output), "--only", "bf16, precomputed, 4096"]
+    assert bench_gpu.main(arguments) == 0
+    [row] = [line for line in output.read_text().splitlines() if line.startswith("| bf16, precomputed, 4096 |")]
+    assert row == "| bf16, precomputed, 4096 | not measured | - | - | - | - | - | 2.500 | 50.0% | 8.0 | not begun |"
