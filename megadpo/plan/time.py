@@ -18,6 +18,7 @@ from megadpo.plan.machine import Device, Wire, wire
 from megadpo.plan.numbers import RankNumbers
 from megadpo.plan.pipeline import StageTime, Timeline, simulate
 from megadpo.plan.workload import Work
+from megadpo.train.loop import groups_per_pass
 
 
 @dataclass(frozen=True)
@@ -324,18 +325,22 @@ def _reference(situation: Situation, numbers: Sequence[RankNumbers], optimizer: 
         return 0.0, 0.0
     there = replace(situation, shape=situation.reference, layers=situation.reference_layers)
     stages = _stages(there, numbers)
-    seconds = _run(there, stages, forward_only=True).length
-    reference = situation.config.reference
+    alone = _run(there, stages, forward_only=True).length
+    reference, steps = situation.config.reference, 1
+    if reference.mode == "swapped":
+        steps = reference.swap_steps
+    elif reference.mode == "precomputed":
+        steps = groups_per_pass(situation.config) // situation.config.batch.global_batch_size
+    # One pass through the pipeline is for the micro-batches of several steps.
+    twice = replace(there, work=replace(there.work, micro_batches=2 * there.work.micro_batches))
+    further = _run(twice, stages, forward_only=True).length - alone if steps > 1 else 0.0
+    seconds = (alone + (steps - 1) * further) / steps
     if reference.mode == "precomputed":
         return 0.0, seconds * situation.scored_steps / situation.steps
     if reference.mode == "resident":
         return seconds, 0.0
-    # One pass over the micro-batches of several steps, behind one copy of the weights.
-    visits = reference.swap_steps
-    twice = replace(there, work=replace(there.work, micro_batches=2 * there.work.micro_batches))
-    further = _run(twice, stages, forward_only=True).length - seconds
     copy = max(one.memory.weights for one in numbers) / c.HOST_BANDWIDTH
-    return (seconds + (visits - 1) * further + max(0.0, copy - optimizer)) / visits, 0.0
+    return seconds + max(0.0, copy - optimizer) / steps, 0.0
 
 
 def _extra_passes(situation: Situation) -> int:

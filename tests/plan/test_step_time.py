@@ -92,7 +92,12 @@ def test_precomputed_reference_is_paid_once(tmp_path: Path) -> None:
     assert once.update == pytest.approx(once.step - once.parts.reference)
     resident = of(tmp_path, candidate(reference="resident"))
     assert resident.update == resident.step
-    assert resident.parts.reference == pytest.approx(once.parts.reference, rel=0.01)
+    assert resident.parts.reference == pytest.approx(once.parts.reference, rel=0.01)  # no pipeline, no bubble
+    swapped = of(tmp_path, candidate(reference="swapped"))
+    assert resident.parts.reference < swapped.parts.reference < 1.5 * resident.parts.reference  # the copy
+    stages = candidate(pipeline=4, data=2, tokens=4096)
+    in_step, before = (of(tmp_path, replace(stages, reference=mode)) for mode in ("resident", "precomputed"))
+    assert before.parts.reference < in_step.parts.reference  # fills the pipeline once for several steps
     assert of(tmp_path, candidate(), objective={"loss_type": "simpo"}).parts.reference == 0
 
 
