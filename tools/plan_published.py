@@ -197,7 +197,7 @@ def report() -> str:
                 "Written by `python tools/plan_published.py --write`. The published figures are their authors'; the",
                 "estimates are the planner's for megadpo on the same model, GPUs, grid and rows, no padding. Neither",
                 "was measured by us, and no constant (`megadpo/plan/constants.py`) was fitted to this table. MFU is 3",
-                "forward passes over the peak of bfloat16, also in FP8; others count otherwise. GiB are those of megadpo, which",
+                "forward passes over the peak of bfloat16, also in FP8; others count otherwise. GiB are megadpo's, which",
                 "has no FSDP, with FP8 counted as bfloat16; over the device's memory it would not start there.",
                 "",
                 "| source | run | published | estimated | taken as | why they differ |",
