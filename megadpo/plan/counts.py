@@ -55,8 +55,9 @@ def build(
     fill: called on every parameter, before the optimizer copies them.
     """
     chunks = wrap(modules_of(shape, config, context), config.parallel)
-    for parameter in parameters_of(chunks) if fill is not None else ():
-        fill(parameter.data)
+    if fill is not None:
+        for parameter in parameters_of(chunks):
+            fill(parameter.data)
     optimizer = build_optimizer(chunks, config.optimizer, config.parallel)
     _make_moments(optimizer)
     return TrainState(chunks, optimizer)
