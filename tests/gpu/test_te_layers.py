@@ -15,6 +15,7 @@ from megadpo import checkpoint
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.train.optimizer import settled
+from megadpo.train.step import train_step
 
 pytestmark = pytest.mark.usefixtures("te")
 
@@ -36,8 +37,9 @@ def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
 def saved(device: torch.device, case: Case, run_dir: Path) -> dict[str, Any]:
     """A run of one step, saved; its keys and weights."""
     with grid(case.parallel, device, 1) as context:
-        state, _ = build(case, context)
-        state.step = 1
+        state, stream = build(case, context)
+        column = np.zeros(int(case.store.offsets[-1]))
+        train_step(state, stream.batches(np.arange(case.batch), 0, column), case.objective, None, context)
         checkpoint.save(state, run_dir, 1, 1, context)
         return _weights(state)
 
