@@ -155,7 +155,15 @@ def test_goes_on_on_another_grid(tmp_path: Path, shared: Path) -> None:
     assert main(["train", str(path), "train.max_steps=4", "optimizer.lr_scheduler_type=constant"]) == 0
     other = ["parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
     assert main(["train", str(path), "optimizer.lr_scheduler_type=constant", *other]) == 0
-    assert [r["step"] for r in metrics(tmp_path / "run")] == list(range(1, 9))
+    records = metrics(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    for record in records:  # speed stands in every log; two ranks, and no peak of a CPU
+        assert record["tokens_per_second"] * record["seconds"] == pytest.approx(record["num_tokens"])
+        assert record["scored_tokens_per_second"] * record["seconds"] == pytest.approx(record["num_scored_tokens"])
+        assert record["perf/pairs_per_second_per_gpu"] == pytest.approx(record["pairs_per_second"] / 2)
+        assert record["perf/tflops_per_gpu"] > 0
+        assert 0.05 < record["perf/peak_memory_gib"] < 64
+        assert "perf/mfu" not in record
 
 
 def test_the_reference_column_is_used_again_and_checked(
