@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from distributed import run_ranks
 from tiny import random_groups, write_llama
+from train.engine import Case, build
 
 from megadpo import checkpoint
 from megadpo.convert.torch_dist import read_metadata
 from megadpo.parallel.context import grid
 from megadpo.train.step import train_step
-from train.engine import Case, build
 
 
 def saved_keys(device: torch.device, case: Case, run_dir: Path) -> list[str]:
