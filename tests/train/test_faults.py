@@ -378,7 +378,7 @@ def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], m
             count = len(checkpoint.checkpoints(run.run_dir))
             return real(path)._replace(free=1000) if count else real(path)
 
-        patch.setattr("megadpo.checkpoint.tensors.shutil.disk_usage", usage)
+        patch.setattr("megadpo.checkpoint.saving.shutil.disk_usage", usage)
         assert run.train() == 2
     error = capfd.readouterr().err
     assert re.search(r"the disk is full: the checkpoint takes 0\.\d+ GB and 0\.000 GB are free", error), error
