@@ -179,8 +179,8 @@ def _described(state: TrainState) -> Any:
     parts = _distributed(state)
     if len(parts) > 1:
         state.optimizer._synchronize_steps()
-    kind = {"param_state": {}, "param_state_sharding_type": METADATA["distrib_optim_sharding_type"]}
-    every = [{**part.state_dict(), **kind} for part in parts]
+    kind = METADATA["distrib_optim_sharding_type"]
+    every = [{**part.state_dict(), "param_state": {}, "param_state_sharding_type": kind} for part in parts]
     return every[0] if len(every) == 1 else dict(enumerate(every))
 
 
