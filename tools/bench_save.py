@@ -139,8 +139,8 @@ def report(found: dict[str, float], busy: float) -> str:
     share = 100 * found["still"] / step
     verdict = "under" if share < 2 else "not under"
     return (
-        f"a save takes {share:.1f} % of one step, {share / STEPS:.2f} % with {STEPS} steps between saves: {verdict} 2 % "
-        f"of a step. ({found['parameters'] / 1e6:.0f} M parameters, {found['bytes'] / 1e6:.0f} MB, "
+        f"a save takes {share:.1f} % of one step, {share / STEPS:.2f} % with {STEPS} steps between saves: {verdict} 2 "
+        f"% of a step. ({found['parameters'] / 1e6:.0f} M parameters, {found['bytes'] / 1e6:.0f} MB, "
         f"{found['tokens']:.0f} tokens and {step:.2f} s a step, {cores} cores, {others}. Training stands still for "
         f"{ms['still']} ms: {ms['begin']} to begin, {ms['copy']} for the copy, {ms['end']} at the end; {ms['work']} ms "
         f"of it are work of its own. {STEPS} steps with a save take {100 * found['longer']:.1f} % longer by the clock, "

@@ -250,7 +250,7 @@ class Saving:
         cuda = self._context.device.type == "cuda"
         if kept.host is None:
             kept.host = torch.empty(plan.offsets[-1], dtype=torch.uint8, pin_memory=cuda)
-        memory = memoryview(kept.host.numpy())
+        memory: Any = kept.host.numpy().data
         tensors = [
             torch.frombuffer(memory[at : at + piece.live.nbytes], dtype=piece.live.dtype).view(piece.size)
             for piece, at in zip(plan.pieces, plan.offsets, strict=False)

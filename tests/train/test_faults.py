@@ -172,6 +172,100 @@ def test_a_hang_is_noticed_with_everyone_s_stack(
     steps_once(run)
 
 
+def act_once(run: Run, act: Callable[[], Any]) -> None:
+    """In the rank that comes here first, and only at the first start."""
+    if not (run.folder / "happened").exists():
+        (run.folder / "happened").touch()
+        (run.folder / "began").write_text(str(time.monotonic()))
+        act()
+
+
+def stop_a_helper() -> None:
+    import multiprocessing
+
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
+
+
+def hang_while_tokenising(run: Run, patch: pytest.MonkeyPatch) -> None:
+    """One of two tokenising processes is stopped; the first rank waits for what it has."""
+    import megadpo.data.processes as processes
+    from megadpo.data.store import StoreWriter
+
+    patch.setattr(processes, "SMALL", 0)
+    patch.setattr(processes, "CHUNK", 8)
+    add, added = StoreWriter.add, iter(range(10**6))
+
+    def and_stop(self: Any, groups: Any) -> None:
+        add(self, groups)
+        if next(added) == 3:  # two signs of progress have shown how far apart they are
+            act_once(run, stop_a_helper)
+
+    patch.setattr(StoreWriter, "add", and_stop)
+
+
+def hang_while_loading(run: Run, patch: pytest.MonkeyPatch) -> None:
+    import megadpo.convert.importer as importer
+
+    fill, filled = importer.fill, iter(range(10**6))
+
+    def and_sleep(*arguments: Any) -> None:
+        fill(*arguments)
+        if torch.distributed.get_rank() == 1 and next(filled) == 3:
+            act_once(run, lambda: time.sleep(600))
+
+    patch.setattr(importer, "fill", and_sleep)
+
+
+def hang_while_scoring(run: Run, patch: pytest.MonkeyPatch) -> None:
+    import megadpo.train.score as scoring
+
+    score, scored = scoring.score, iter(range(10**6))
+
+    def and_stop(*arguments: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and next(scored) == 4:
+            act_once(run, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        return score(*arguments)
+
+    patch.setattr("megadpo.train.run.groups_per_pass", lambda config: 4)
+    patch.setattr(scoring, "score", and_stop)
+
+
+EARLY_HANGS = {
+    "loading": (hang_while_loading, "loading "),
+    "tokenising": (hang_while_tokenising, "tokenising data.train"),
+    "scoring": (hang_while_scoring, "the reference's log-probabilities"),
+}
+
+
+@pytest.mark.parametrize("phase", one_of(EARLY_HANGS))
+def test_a_hang_before_training_is_noticed(
+    run: Run,
+    phase: str,
+    capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within three times the limit of a step (here 3 x 2 s; it is files that are read there), with stacks, and the same
+    command goes on."""
+    hang, doing = EARLY_HANGS[phase]
+    limit = float(os.environ.get("MEGADPO_TEST_EARLY_TIMEOUT", "2"))
+    with monkeypatch.context() as patch:
+        hang(run, patch)
+        assert run.train(f"train.hang_timeout={limit}", "data.num_proc=2") == 75
+        seconds = time.monotonic() - float((run.folder / "began").read_text())
+    assert "made no progress" in capfd.readouterr().err
+    logs = [(run.run_dir / "logs" / f"rank-{rank}.log") for rank in range(2)]
+    text = "".join(log.read_text() for log in logs if log.exists())
+    assert f"hung: {doing}" in text
+    assert "Current thread" in text or "Thread 0x" in text
+    if phase == "tokenising":
+        assert "_process_worker" in text, "the stack of the process that hung"
+    record_property("early_seconds", seconds)
+    assert seconds < 3 * limit + 10
+    assert run.train("data.num_proc=2") == 0
+    steps_once(run)
+
+
 @pytest.mark.slow
 def test_who_holds_python_s_lock_is_ended_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread of Python's can run then; faulthandler's timer can."""
