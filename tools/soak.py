@@ -49,10 +49,10 @@ def kills(seconds: float) -> str:
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as name:
         folder = Path(name)
-        real = kill_during_save(folder, kills=10_000, seconds=seconds * 0.4, seed=1)
+        real = kill_during_save(folder, kills=10_000, seconds=seconds * 0.65, seed=1)
         files = real_files(folder / "run")
         calls = kill_at_every_call(folder, files)
-        small = kill_small_saves(folder, files, most=10_000, seconds=seconds * 0.4, seed=2)
+        small = kill_small_saves(folder, files, most=10_000, seconds=seconds * 0.25, seed=2)
     lost = real.lost + calls.lost + small.lost
     damaged = real.damaged + calls.damaged + small.damaged
     for line in lost + damaged:

@@ -221,13 +221,13 @@ def hang_while_scoring(run: Run, patch: pytest.MonkeyPatch) -> None:
 
     score, scored = scoring.score, iter(range(10**6))
 
-    def and_stop(*arguments: Any) -> Any:
+    def and_sleep(*arguments: Any) -> Any:
         if torch.distributed.get_rank() == 1 and next(scored) == 4:
-            act_once(run, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            act_once(run, lambda: time.sleep(600))
         return score(*arguments)
 
     patch.setattr("megadpo.train.run.groups_per_pass", lambda config: 4)
-    patch.setattr(scoring, "score", and_stop)
+    patch.setattr(scoring, "score", and_sleep)
 
 
 EARLY_HANGS = {
