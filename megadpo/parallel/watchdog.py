@@ -26,8 +26,6 @@ EXIT_CODE = 75
 START = 600.0
 """Least seconds for what is slow once: the first two steps (kernels are compiled), saving, evaluating a part; and for
 what shows no signs of progress, or not two of them yet."""
-PATIENCE = 3
-"""Before training, signs of progress may be so many times `timeout` apart: files are read there."""
 STACKS = signal.SIGUSR2
 """On this, ranks and the processes that help them write the stacks of their threads to descriptor 2."""
 BEHIND = 5.0
@@ -38,7 +36,8 @@ POLL = 0.5
 class Watchdog:
     """For the length of a with-block. timeout: seconds without a step; 0: never.
 
-    A limit is the timeout or three times the median of the last 50 steps, whichever is longer. Helpers that this
+    A limit is the timeout or three times the median of the last 50 steps, whichever is longer; the same holds for signs
+    of progress outside of training. Helpers that this
     process started through multiprocessing are ended with it, after their stacks.
     """
 
@@ -53,9 +52,13 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds that a step may take."""
-        if len(self._seconds) < 2:
+        return self._limit(self._seconds)
+
+    def _limit(self, seconds: deque[float]) -> float:
+        """For the next, after those that took so long."""
+        if len(seconds) < 2:
             return max(START, 3 * self._timeout)
-        return max(self._timeout, 3 * statistics.median(self._seconds))
+        return max(self._timeout, 3 * statistics.median(seconds))
 
     def __enter__(self) -> Watchdog:
         if self._timeout > 0:
@@ -91,8 +94,7 @@ class Watchdog:
 
         def sign() -> None:
             apart.append(time.monotonic() - self._began)
-            known = PATIENCE * max(self._timeout, statistics.median(apart))
-            self._begin(doing, known if len(apart) > 1 else max(START, known))
+            self._begin(doing, self._limit(apart))
 
         return sign
 
