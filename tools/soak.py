@@ -1,6 +1,6 @@
 """Faults by the hundred, in a bounded time; writes the scorecard of docs/reliability.md.
 
-python tools/soak.py                          all rows, 30 minutes
+python tools/soak.py                          all rows, about 45 minutes on a free machine with two cores
 python tools/soak.py --minutes 5 --rows kills,resumes
 
 A row that is not run keeps what was measured before. What a row counts is counted while it runs: trials, or tests of
@@ -232,11 +232,11 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     options = parser.parse_args()
     sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "checkpoint")]
-    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name in options.rows.split(","):
         row = ROWS[name]
         began = time.monotonic()
         measured = row.run(60 * options.minutes * row.share)
+        kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}  # others may measure other rows meanwhile
         kept[name] = {"measured": measured, "seconds": f"{time.monotonic() - began:.0f}"}
         print(f"{name}: {measured} ({kept[name]['seconds']} s)", flush=True)
         KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
