@@ -126,9 +126,17 @@ def overtaken(device: torch.device, case: Case, folder: Path) -> dict[str, Any]:
         return {"plans": len(set(plans)), "right": fits(saving._kept.plan, run.state)}
 
 
-def test_a_save_in_the_background_has_the_state_of_its_step(case: Case, tmp_path: Path) -> None:
-    """However slow the copy: the next update waits for it. One plan serves all saves, until tensors are replaced."""
-    for result in run_ranks(2, overtaken, replace(case, tensor=2, sequence=True), tmp_path):
+DELAYED = {"fp8_format": "hybrid", "fp8_recipe": "delayed", "fp8_emulation": True}
+
+
+@pytest.mark.parametrize("options", [{}, DELAYED], ids=["plain", "delayed FP8 scaling"])
+def test_a_save_in_the_background_has_the_state_of_its_step(
+    case: Case, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """However slow the copy: the next update waits for it, and what forward passes change (the numbers that delayed
+    scaling remembers) was copied before. One plan serves all saves."""
+    split = replace(case, tensor=2, sequence=True, model_options=options, dtype="bfloat16" if options else "float32")
+    for result in run_ranks(2, overtaken, split, tmp_path):
         assert result["plans"] == 1
         assert result["right"]
     for name in ("step-00000001", "step-00000003", "step-00000005"):
@@ -139,6 +147,7 @@ def test_a_save_in_the_background_has_the_state_of_its_step(case: Case, tmp_path
         for file in files:
             if file != "manifest.json":
                 assert (one / file).read_bytes() == (other / file).read_bytes(), file
+        assert any("fp8_history" in key for key in TorchDist(other).tensors) == bool(options)
 
 
 def replaced(device: torch.device, case: Case) -> list[bool]:
