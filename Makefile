@@ -13,7 +13,7 @@ help:
 	@echo "make mutants  puts known mistakes of preference trainers into the objectives; the tests must see every one"
 	@echo "make lint     only lint, types and layers"
 	@echo "make parity   20 steps against TRL's DPOTrainer on six grids; needs ../shared"
-	@echo "make soak     faults by the hundred, about 30 minutes; writes the scorecard of docs/reliability.md"
+	@echo "make soak     faults by the hundred, about 45 minutes; writes the scorecard of docs/reliability.md"
 	@echo "make install  only make .venv"
 	@echo "make clean    remove .venv and caches"
 

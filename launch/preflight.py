@@ -48,6 +48,8 @@ SKEW = 2.0
 """Largest difference of two clocks (seconds)."""
 SLOW = 0.7
 """A GPU, or a node's network, below this part of the median is not fit."""
+LITTLE = 0.5
+"""A node with less than this part of the median's free memory is not fit: another program has it."""
 USED = 2048
 """MiB of a GPU's memory that may be in use before the run."""
 SIZE = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -135,7 +137,17 @@ def node_facts(folders: list[Path]) -> dict[str, Any]:
         "trouble": trouble,
         "visible": torch.cuda.device_count(),
         "disk": {str(folder): shutil.disk_usage(folder).free / 2**30 for folder in folders if folder.exists()},
+        "memory": free_memory(),
     }
+
+
+def free_memory() -> float:
+    """GiB that programs can still have, as Linux says; 0 where it does not."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 2**20 if found else 0.0
 
 
 def package_version(package: str) -> str:
@@ -192,6 +204,7 @@ def judge(ranks: dict[int, dict[str, Any]], here: Place, need_gb: float) -> dict
         return bad
     usual = {name: most(node["versions"][name] for node in nodes) for name in nodes[0]["versions"]}
     usual_gpus = most(gpu_names(node) for node in nodes)
+    usual_memory = statistics.median(node["memory"] for node in nodes)
     for node in nodes:
         found = [
             f"{name} is {node['versions'][name]}, elsewhere {usual[name]}"
@@ -206,6 +219,8 @@ def judge(ranks: dict[int, dict[str, Any]], here: Place, need_gb: float) -> dict
             for folder, free in node["disk"].items()
             if free < need_gb
         ]
+        if node["memory"] < LITTLE * usual_memory:
+            found.append(f"{node['memory']:.1f} GiB of its memory are free, elsewhere {usual_memory:.1f}")
         if found:
             bad[node["host"]] = found
     return bad

@@ -41,7 +41,9 @@ def check_hf(shape: ModelShape, folder: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) -> None:
+def load_hf(
+    model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path, on_tensor: Callable[[], None] = lambda: None
+) -> None:
     """Fill every parameter of this rank's GPTModel chunks in place, converted to the parameter's dtype.
 
     Rows that pad the vocabulary become 0. Tied models: the copy on the last pipeline stage is read from the
@@ -65,6 +67,7 @@ def load_hf(model_chunks: Sequence[Any], shape: ModelShape, folder: str | Path) 
                     piece.data.zero_()
                 else:
                     fill_piece(piece)
+                on_tensor()
     filled = sum(entry.data.numel() for entry in entries if not _is_buffer(entry, tensors))
     owned = sum(p.numel() for chunk in model_chunks for p in chunk.parameters())
     if filled != owned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -82,6 +83,7 @@ def _start_process() -> None:
     """The environment is changed here, in the child, and nowhere else."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # as in the ranks (parallel/watchdog.py)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -20,10 +20,11 @@ from megadpo.config import Config, ParallelConfig
 from megadpo.errors import MachineError
 from megadpo.files import storage_errors
 from megadpo.launch.failure import HUNG, RankFailedError, failure, hung, killed, rank_log, tidy
-from megadpo.launch.worker import STACKS, Job, Outcome, rank_main, read_outcome
+from megadpo.launch.worker import Job, Outcome, rank_main, read_outcome
 from megadpo.observe.progress import restore_cursor
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING
+from megadpo.parallel.watchdog import STACKS
 
 SETTLE = 1.0
 """Seconds that the other ranks get to end by themselves, once one has failed."""

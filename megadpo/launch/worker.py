@@ -22,10 +22,7 @@ from megadpo.files import storage_errors, write_text
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import ASKING
-from megadpo.parallel.watchdog import stacks_on_signal
-
-STACKS = signal.SIGUSR2
-"""On this a rank writes the stacks of its threads to its log."""
+from megadpo.parallel.watchdog import STACKS, stacks_on_signal
 
 Job = Callable[[Config, Rank], int]
 """What every rank runs; returns the exit code."""

@@ -118,16 +118,23 @@ def join_world(rank: int, world_size: int, local_rank: int, init_method: str) ->
     return device
 
 
-def from_first_rank(rank: int, world_size: int, work: Callable[[], str]) -> str:
+def from_first_rank(
+    rank: int, world_size: int, work: Callable[[Callable[[], None]], str], on_sign: Callable[[], None] = lambda: None
+) -> str:
     """Run `work` on rank 0 only and give its text to every rank; call it after `join_world`.
 
     The others look at the rendezvous store now and then, so however long it takes, no collective times out and signals
-    get through. Where it raises, it raises on every rank: a MegadpoError as it is, anything else as MachineError.
+    get through. `work` is given a function to call as it gets on; `on_sign` is then called on the others. Where it
+    raises, it raises on every rank: a MegadpoError as it is, anything else as MachineError.
     """
     store = dist.PrefixStore("first rank", dist.distributed_c10d._get_default_store())
+
+    def sign() -> None:
+        store.add("signs", 1)
+
     if rank == 0:
         try:
-            text, error = work(), None
+            text, error = work(sign), None
         except BaseException as raised:
             text, error = "", raised
         kind = type(error).__name__ if isinstance(error, MegadpoError) else MachineError.__name__
@@ -139,8 +146,12 @@ def from_first_rank(rank: int, world_size: int, work: Callable[[], str]) -> str:
         while store.add("read", 0) < world_size - 1 and time.monotonic() < end:
             time.sleep(0.05)
         raise error
+    signs = 0
     while not store.check(["outcome"]):
         time.sleep(0.2)
+        if (now := store.add("signs", 0)) != signs:
+            signs = now
+            on_sign()
     outcome = json.loads(store.get("outcome"))
     store.add("read", 1)
     if outcome["kind"] is None:

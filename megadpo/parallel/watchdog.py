@@ -9,20 +9,25 @@ peers notice, and on one machine the parent (launch/local.py).
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 EXIT_CODE = 75
 """Of a rank that hung: EX_TEMPFAIL of sysexits.h, try again."""
 START = 600.0
-"""Least seconds for what is slow once: the first two steps (kernels are compiled), saving, evaluating a part."""
+"""Least seconds for what is slow once: the first two steps (kernels are compiled), saving, evaluating a part; and for
+what shows no signs of progress, or not two of them yet."""
+STACKS = signal.SIGUSR2
+"""On this, ranks and the processes that help them write the stacks of their threads to descriptor 2."""
 BEHIND = 5.0
 """Seconds that faulthandler's timer comes after the thread."""
 POLL = 0.5
@@ -31,7 +36,9 @@ POLL = 0.5
 class Watchdog:
     """For the length of a with-block. timeout: seconds without a step; 0: never.
 
-    A limit is the timeout or three times the median of the last 50 steps, whichever is longer.
+    A limit is the timeout or three times the median of the last 50 steps, whichever is longer; the same holds for signs
+    of progress outside of training. Helpers that this
+    process started through multiprocessing are ended with it, after their stacks.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -45,13 +52,17 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds that a step may take."""
-        if len(self._seconds) < 2:
+        return self._limit(self._seconds)
+
+    def _limit(self, seconds: deque[float]) -> float:
+        """For the next, after those that took so long."""
+        if len(seconds) < 2:
             return max(START, 3 * self._timeout)
-        return max(self._timeout, 3 * statistics.median(self._seconds))
+        return max(self._timeout, 3 * statistics.median(seconds))
 
     def __enter__(self) -> Watchdog:
         if self._timeout > 0:
-            self.step("the first step")
+            self.slowly("the start")
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -76,6 +87,17 @@ class Watchdog:
         self._stepping = False
         self._begin(doing, max(START, self.limit))
 
+    def phase(self, doing: str) -> Callable[[], None]:
+        """Something long begins that shows signs of progress; call what this gives at each of them."""
+        apart: deque[float] = deque(maxlen=50)
+        self.slowly(doing)
+
+        def sign() -> None:
+            apart.append(time.monotonic() - self._began)
+            self._begin(doing, self._limit(apart))
+
+        return sign
+
     def _begin(self, doing: str, limit: float) -> None:
         if self._timeout <= 0:
             return
@@ -92,7 +114,23 @@ class Watchdog:
             sys.stderr.write(f"hung: {self._doing} has taken {now - self._began:.0f} s so far; this rank's threads:\n")
             sys.stderr.flush()
             faulthandler.dump_traceback(file=2, all_threads=True)
+            _end_helpers()
             os._exit(EXIT_CODE)
+
+
+UNWATCHED = Watchdog(0)
+"""For what runs without a limit: it never notices anything."""
+
+
+def _end_helpers() -> None:
+    """One that was stopped has to go on for its stack."""
+    helpers = multiprocessing.active_children()
+    for signum in (STACKS, signal.SIGCONT, signal.SIGKILL):
+        for helper in helpers:
+            with suppress(ProcessLookupError):
+                os.kill(helper.pid or 0, signum)
+        if helpers and signum == signal.SIGCONT:
+            time.sleep(POLL)
 
 
 @contextmanager

@@ -102,7 +102,9 @@ def _synthetic_inputs(lengths: Lengths, config: Config, shapes: Shapes, folder: 
 
 
 def _drawn(seed: int, context: ParallelContext) -> Weights:
-    return Weights(lambda chunks, shape, folder: draw_weights(chunks, shape, seed, context), lambda folder: "drawn")
+    return Weights(
+        lambda chunks, shape, folder, on_tensor: draw_weights(chunks, shape, seed, context), lambda folder: "drawn"
+    )
 
 
 def _measured(

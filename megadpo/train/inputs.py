@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from megadpo.observe.log import write_run_files
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.context import from_first_rank
 from megadpo.parallel.ranks import Rank
+from megadpo.parallel.watchdog import UNWATCHED, Watchdog
 from megadpo.train import identity
 from megadpo.train.export import check_target, keep_template
 from megadpo.train.loop import run_length
@@ -112,14 +113,17 @@ def _incomparable(policy: ModelShape, reference: ModelShape, config: Config) -> 
     ]
 
 
-def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool) -> Inputs:
+def read_inputs(
+    config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool, watch: Watchdog = UNWATCHED
+) -> Inputs:
     """Check and prepare everything on rank 0; the other ranks wait outside any collective and open what it made.
 
     training: also claim the run folder, last, so that a start that is refused leaves no trace in it.
     """
 
-    def first() -> str:
-        stores = _prepare(config, shapes)
+    def first(sign: Callable[[], None]) -> str:
+        stores = _prepare(config, shapes, watch, sign)
+        watch.slowly("checking the data")
         ranks = rank.world_size // (
             config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         )
@@ -136,14 +140,19 @@ def read_inputs(config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, traini
             _claim(config, every[0])
         return json.dumps([None if store is None else str(store.folder) for store in stores])
 
-    train, held_out = json.loads(from_first_rank(rank.rank, rank.world_size, first))
+    waiting = "rank 0, which prepares the data,"
+    if rank.rank:
+        watch.slowly(waiting)
+    train, held_out = json.loads(from_first_rank(rank.rank, rank.world_size, first, lambda: watch.slowly(waiting)))
     return Inputs(
         shapes.policy, shapes.reference, GroupStore.open(train), GroupStore.open(held_out) if held_out else None
     )
 
 
-def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | None]:
-    """The training store, and the held-out one where there is one."""
+def _prepare(
+    config: Config, shapes: Shapes, watch: Watchdog, sign: Callable[[], None]
+) -> tuple[GroupStore, GroupStore | None]:
+    """The training store, and the held-out one where there is one. sign: called for the other ranks as it gets on."""
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path, config.data.chat_template)
     check_vocabulary(tokenizer, shapes.policy.vocab_size)
     check_hf(shapes.policy, _folder(config.model.path))
@@ -152,8 +161,15 @@ def _prepare(config: Config, shapes: Shapes) -> tuple[GroupStore, GroupStore | N
     screen = Screen(Terminal(sys.__stdout__))
 
     def store(name: str, sources: tuple[str, ...]) -> GroupStore:
+        got_on = watch.phase(f"tokenising {name}")
+
+        def on_progress(done: int) -> None:
+            task.to(done)
+            got_on()
+            sign()
+
         with screen.task(f"{name}: rows", None) as task:
-            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
+            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, on_progress)
 
     train = store("data.train", config.data.train)
     return train, store("data.eval", config.data.eval) if config.data.eval else None

@@ -65,6 +65,7 @@ class Saver:
     def __init__(self, state: TrainState, config: Config, steps: int, context: ParallelContext, log: Log) -> None:
         self._state, self._config, self._steps, self._context, self._log = state, config, steps, context, log
         self._saving: checkpoint.Saving | None = None
+        self._before: checkpoint.Saving | None = None
 
     @property
     def pending(self) -> bool:
@@ -73,7 +74,7 @@ class Saver:
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes its part."""
+        """Whether this rank still has to do with it."""
         return self._saving is not None and not self._saving.done
 
     def save(self) -> None:
@@ -86,15 +87,23 @@ class Saver:
             train.save_total_limit,
             self._context,
             background=train.async_save,
+            before=self._before,
         )
         if not train.async_save:
             self.settle()
 
+    def advance(self) -> None:
+        """Take the checkpoint a stage further; every rank calls it. Raises its StorageError."""
+        assert self._saving is not None
+        folder = self._saving.advance()
+        if folder is not None:
+            self._before, self._saving = self._saving, None
+            self._log.line(f"saved {folder}")
+
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if any. Raises its StorageError."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            self._log.line(f"saved {saving.finish()}")
+        while self._saving is not None:
+            self.advance()
 
 
 def fit(
@@ -174,7 +183,7 @@ def fit(
             held_out_metrics()
         stopping, writing = context.any_of(stop_requested(), saver.writing)
         if saver.pending and not writing:
-            saver.settle()
+            saver.advance()
         if _due(config.train.save_steps, state.step) and state.step < length.steps and not stopping:
             watch.slowly("saving")
             saver.save()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def run_scoring(config: Config, out: str, rank: Rank) -> int:
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     screen = Screen(Terminal(sys.__stdout__))
 
-    def prepared() -> str:
+    def prepared(sign: Callable[[], None]) -> str:
         check_out(target)
         check_hf(shape, folder)
         check_vocabulary(

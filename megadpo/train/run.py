@@ -31,7 +31,7 @@ from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
 from megadpo.parallel.user_buffers import start_user_buffers
-from megadpo.parallel.watchdog import Watchdog
+from megadpo.parallel.watchdog import UNWATCHED, Watchdog
 from megadpo.train import identity
 from megadpo.train.evaluate import evaluate
 from megadpo.train.export import export, export_target
@@ -46,8 +46,9 @@ from megadpo.train.state import TrainState
 class Weights:
     """Where weights come from."""
 
-    fill: Callable[[list[Policy], ModelShape, Path], object]
-    """Fills this rank's chunks of a model of that shape; its folder may be looked at."""
+    fill: Callable[[list[Policy], ModelShape, Path, Callable[[], None]], object]
+    """Fills this rank's chunks of a model of that shape; its folder may be looked at, and the function is called at
+    signs of progress."""
     digest: Callable[[Path], str]
     """Tells those of one folder from those of another."""
 
@@ -59,16 +60,17 @@ STORED = Weights(load_hf, weights_digest)
 def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
-    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-    check_machine(config.model, config.parallel, device)
-    inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True)
     run_dir = Path(config.run_dir).expanduser()
-    length = run_length(config, len(inputs.train))
-    with (
-        grid(config.parallel, device, config.seed) as context,
-        RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
-    ):
-        code = _train(config, inputs, context, log)
+    with Watchdog(config.train.hang_timeout) as watch:
+        device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+        check_machine(config.model, config.parallel, device)
+        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True, watch=watch)
+        length = run_length(config, len(inputs.train))
+        with (
+            grid(config.parallel, device, config.seed) as context,
+            RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
+        ):
+            code = _train(config, inputs, context, log, watch)
     dist.destroy_process_group()
     if code == 0 and rank.rank == 0 and config.export.enabled:
         newest = checkpoint.latest(run_dir)
@@ -77,18 +79,19 @@ def run_training(config: Config, rank: Rank) -> int:
     return code
 
 
-def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog) -> int:
+def _train(config: Config, inputs: Inputs, context: ParallelContext, log: RunLog, watch: Watchdog) -> int:
     """0 at the end of the run; the stop signal's exit code where one came first."""
     streams = _streams(config, inputs.stores, inputs, context)
     log.banner(_banner(config, inputs, streams[0], context))
-    state, scored, reference = assembled(config, inputs, streams, context, log)
+    state, scored, reference = assembled(config, inputs, streams, context, log, watch=watch)
+    watch.slowly("resuming")
     newest = checkpoint.resume(state, Path(config.run_dir).expanduser(), log.line)
     if newest is not None:
         log.line(f"going on from {newest}")
     log.resume(state.step)
     train, held_out = scored[0], scored[1] if len(scored) > 1 else None
     # Only from here on does a signal wait for the end of a step: before, there is nothing to save.
-    with StopSignal() as stop, Watchdog(config.train.hang_timeout) as watch:
+    with StopSignal() as stop:
         finished = fit(state, train, held_out, reference, config, context, log, lambda: stop.requested, watch)
     return 0 if finished else stop.exit_code
 
@@ -100,13 +103,16 @@ def assembled(
     context: ParallelContext,
     log: RunLog,
     weights: Weights = STORED,
+    watch: Watchdog = UNWATCHED,
 ) -> tuple[TrainState, list[Scored], list[Policy] | None]:
     """A run before its first step: policy and optimizer, the streams with what the reference says of them, and the
     reference itself where it is resident."""
     _user_buffers(config, inputs, streams[0])
-    policy = _load(config, inputs.shape, config.model.path, context, weights)
+    policy = _load(config, inputs.shape, config.model.path, context, weights, watch)
     counts = [run_length(config, len(inputs.train)).groups, None]
-    scored, reference = _with_reference(config, inputs, streams, counts, policy, context, log, weights=weights)
+    scored, reference = _with_reference(
+        config, inputs, streams, counts, policy, context, log, weights=weights, watch=watch
+    )
     chunks = wrap(policy, config.parallel)
     return TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel)), scored, reference
 
@@ -123,14 +129,15 @@ def _user_buffers(config: Config, inputs: Inputs, stream: Stream) -> None:
 
 
 def _load(
-    config: Config, shape: ModelShape, folder: str, context: ParallelContext, weights: Weights = STORED
+    config: Config, shape: ModelShape, folder: str, context: ParallelContext, weights: Weights, watch: Watchdog
 ) -> list[Policy]:
+    got_on = watch.phase(f"loading {folder}")
     chunks = build_chunks(shape, config.parallel, context, config.model)
-    weights.fill(chunks, shape, Path(folder).expanduser())
+    weights.fill(chunks, shape, Path(folder).expanduser(), got_on)
     return chunks
 
 
-def _with_reference(
+def _with_reference(  # noqa: PLR0913  what a run is made of
     config: Config,
     inputs: Inputs,
     streams: list[Stream],
@@ -140,6 +147,7 @@ def _with_reference(
     log: RunLog,
     always: bool = False,
     weights: Weights = STORED,
+    watch: Watchdog = UNWATCHED,
 ) -> tuple[list[Scored], list[Policy] | None]:
     """The streams with the reference's log-probabilities, or a resident or swapped reference, as the run file says.
 
@@ -154,12 +162,13 @@ def _with_reference(
             Scored(stream, None, None if other is None else Scored(other, None))
             for stream, other in zip(streams, others, strict=False)
         ]
-        return scored, _reference_model(config, inputs, context, weights)
-    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context, weights)
+        return scored, _reference_model(config, inputs, context, weights, watch)
+    chunks = policy if config.reference.path is None else _reference_model(config, inputs, context, weights, watch)
+    watch.slowly("checksums of the reference")
     digest = weights.digest(Path(config.reference.path or config.model.path).expanduser())
 
     def with_column(stream: Stream, count: int | None) -> Scored:
-        return _scored(config, stream, stream.groups_within(count), chunks, digest, context, log)
+        return _scored(config, stream, stream.groups_within(count), chunks, digest, context, log, watch)
 
     return [
         replace(with_column(stream, count), mismatched=None if other is None else with_column(other, None))
@@ -168,12 +177,13 @@ def _with_reference(
 
 
 def _reference_model(
-    config: Config, inputs: Inputs, context: ParallelContext, weights: Weights = STORED
+    config: Config, inputs: Inputs, context: ParallelContext, weights: Weights, watch: Watchdog
 ) -> list[Policy]:
     """A second model in the policy's own layout, frozen."""
     shape, reference = inputs.reference_shape, config.reference
+    got_on = watch.phase("loading the reference")
     chunks = build_reference(shape, config.parallel, context, config.model, reference.fp8_weights)
-    weights.fill(chunks, shape, Path(reference.path or config.model.path).expanduser())
+    weights.fill(chunks, shape, Path(reference.path or config.model.path).expanduser(), got_on)
     return chunks
 
 
@@ -185,6 +195,7 @@ def _scored(
     weights: str,
     context: ParallelContext,
     log: RunLog,
+    watch: Watchdog,
 ) -> Scored:
     """The stream with the reference's log-probabilities of `groups`, as far as they are not known yet."""
     store = stream.store
@@ -194,8 +205,9 @@ def _scored(
     is_known = known_groups(column, stream)[groups]
     known, missing = groups[is_known], groups[~is_known]
     some = known[np.unique(np.linspace(0, len(known) - 1, min(config.reference.check_groups, len(known))).astype(int))]
+    got_on = watch.phase("the reference's log-probabilities")
     if len(some):
-        fresh = score_groups(chunks, stream, some, per_pass, context, lambda done: None)
+        fresh = score_groups(chunks, stream, some, per_pass, context, lambda done: got_on())
         difference = check_column(column, stream, "fp8" if config.model.fp8_format else config.model.dtype, fresh)
         log.line(
             f"reference log-probabilities: those of {len(known)} groups are known from an earlier run; "
@@ -203,7 +215,12 @@ def _scored(
         )
     if len(missing):
         with log.phase("reference log-probabilities", len(missing)) as progress:
-            fill_column(column, missing, digest, chunks, stream, per_pass, context, progress)
+
+            def on_pass(done: int) -> None:
+                progress(done)
+                got_on()
+
+            fill_column(column, missing, digest, chunks, stream, per_pass, context, on_pass)
     return Scored(stream, column)
 
 
@@ -268,22 +285,28 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
     if kl and config.objective.head == "scalar":
         raise ConfigError("--kl: a reward model has no distribution over tokens; leave it out")
     shapes = read_shapes(config, rank.world_size, kl)
-    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
-    check_machine(config.model, config.parallel, device)
-    inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
-    with (
-        grid(config.parallel, device, config.seed) as context,
-        RunLog(run_dir, 0, config, enabled=context.is_first) as log,
-    ):
-        streams = _streams(config, inputs.stores[1:], inputs, context)
-        _user_buffers(config, inputs, streams[0])
-        policy = _load(config, inputs.shape, config.model.path, context)
-        [held_out], reference = _with_reference(config, inputs, streams, [None], policy, context, log, kl)
-        step = checkpoint.load_weights(policy, folder).step if folder else 0
-        sums = evaluate(policy, held_out, config.objective, reference, groups_per_pass(config), context)
-        log.line(f"{folder or config.model.path} (step {step}): {sums.groups} groups of {', '.join(config.data.eval)}")
-        log.line(f"  eval_loss {sums.loss:.6f}")
-        for name, value in sums.metrics.items():
-            log.line(f"  eval_{name} {value:.6f}")
+    with Watchdog(config.train.hang_timeout) as watch:
+        device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+        check_machine(config.model, config.parallel, device)
+        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False, watch=watch)
+        with (
+            grid(config.parallel, device, config.seed) as context,
+            RunLog(run_dir, 0, config, enabled=context.is_first) as log,
+        ):
+            streams = _streams(config, inputs.stores[1:], inputs, context)
+            _user_buffers(config, inputs, streams[0])
+            policy = _load(config, inputs.shape, config.model.path, context, STORED, watch)
+            [held_out], reference = _with_reference(
+                config, inputs, streams, [None], policy, context, log, kl, watch=watch
+            )
+            watch.slowly("loading the checkpoint")
+            step = checkpoint.load_weights(policy, folder).step if folder else 0
+            got_on = watch.phase("evaluation")
+            sums = evaluate(policy, held_out, config.objective, reference, groups_per_pass(config), context, got_on)
+            sources = ", ".join(config.data.eval)
+            log.line(f"{folder or config.model.path} (step {step}): {sums.groups} groups of {sources}")
+            log.line(f"  eval_loss {sums.loss:.6f}")
+            for name, value in sums.metrics.items():
+                log.line(f"  eval_{name} {value:.6f}")
     dist.destroy_process_group()
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel
@@ -23,6 +24,8 @@ class TrainState:
     step: int = 0
     consumed: int = 0
     skipped: int = 0
+    until_free: Callable[[], None] = lambda: None
+    """Waits until nobody else reads weights and optimizer state (a save copies them); called before they change."""
 
     @property
     def modules(self) -> list[Policy]:

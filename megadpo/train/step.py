@@ -79,6 +79,7 @@ def train_step(
     grad_norm = prepare_gradients(state.optimizer)
     if not math.isfinite(grad_norm):
         raise NotFiniteError(f"step {state.step + 1}: the gradient norm is {grad_norm}")
+    state.until_free()
     clip_and_update(state.optimizer, grad_norm)
     state.step += 1
     state.consumed += sums.groups

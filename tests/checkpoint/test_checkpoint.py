@@ -60,8 +60,8 @@ def train(
 def optimizer_state(state: Any) -> dict[str, torch.Tensor]:
     """Masters and both moments of every parameter, whole over the data-parallel ranks, by global name; here only the
     parts of this rank, with their place."""
-    model = {f"model{i}": m.sharded_state_dict(metadata=checkpoint.METADATA) for i, m in enumerate(state.modules)}
-    sharded = state.optimizer.sharded_state_dict(model, metadata=checkpoint.METADATA)
+    model = {f"model{i}": m.sharded_state_dict(metadata=dict(checkpoint.METADATA)) for i, m in enumerate(state.modules)}
+    sharded = state.optimizer.sharded_state_dict(model, metadata=dict(checkpoint.METADATA))
     found = {}
     for tensors in sharded["param_state"].values():
         for tensor in tensors.values():

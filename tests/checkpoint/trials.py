@@ -107,9 +107,10 @@ def save_for_ever(case: Case, context: Any, writing: int, run_dir: Path, backgro
         train_step(state, stream.batches(np.arange(4), 0, column), case.objective, None, context)
         checkpoint.save(state, run_dir, 10**6, 2, context)
     os.write(writing, f"began {state.step}\n".encode())
+    saving = None
     while True:
         state.step += 1
-        saving = checkpoint.Saving(state, run_dir, 10**6, 2, context, background)
+        saving = checkpoint.Saving(state, run_dir, 10**6, 2, context, background, before=saving)
         saving.finish()
         os.write(writing, f"saved {state.step}\n".encode())
 

@@ -95,7 +95,7 @@ def convert(device: torch.device, folders: dict[str, Path], grids: list[str], ou
     """On every rank: fill, compute, save a checkpoint, for every model on every grid."""
     from megatron.core import dist_checkpointing
 
-    from megadpo.checkpoint.tensors import METADATA
+    from megadpo.checkpoint import METADATA
     from megadpo.model.build import build_chunks
     from megadpo.parallel.context import grid
 

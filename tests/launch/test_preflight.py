@@ -32,6 +32,7 @@ def nodes(count: int = 4, **changed: Any) -> dict[int, dict[str, Any]]:
         "trouble": [],
         "visible": 2,
         "disk": {"/run": 100.0},
+        "memory": 500.0,
         "sharing": [],
     }
     return {2 * n: {**usual, "host": f"n{n + 1}", **(changed if n == 2 else {})} for n in range(count)}
@@ -51,6 +52,7 @@ def here(preflight: ModuleType, world: int = 8) -> Any:
         ({"gpus": [GPU, GPU | {"memory.used": "70000"}]}, "GPU 1 has 70000 MiB in use by another program"),
         ({"trouble": ["GPU 0 has 3 uncorrected memory errors"]}, "GPU 0 has 3 uncorrected memory errors"),
         ({"disk": {"/run": 0.2}}, "/run has 0.2 GiB free, 1 are asked for"),
+        ({"memory": 200.0}, "200.0 GiB of its memory are free, elsewhere 500.0"),
         ({"sharing": ["/run cannot be written (Read-only file system)"]}, "/run cannot be written"),
     ],
 )

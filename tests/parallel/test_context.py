@@ -1,6 +1,7 @@
 """What rank 0 does for all: its text reaches every rank, and so does its mistake."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from megadpo.parallel.context import from_first_rank
 
 
 def ask(device: torch.device, mistake: type[Exception] | None) -> str:
-    def work() -> str:
-        time.sleep(0.3)
+    def work(sign: Callable[[], None]) -> str:
+        sign()
+        time.sleep(0.5)
         if mistake is not None:
             raise mistake("pairs.jsonl:3: not valid JSON")
         return "made by rank 0"
 
+    heard: list[int] = []
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
-        return from_first_rank(torch.distributed.get_rank(), torch.distributed.get_world_size(), work)
+        text = from_first_rank(rank, size, work, lambda: heard.append(1))
+        return text if rank == 0 or heard else "no sign of progress was heard"
     except (MegadpoError, KeyError) as error:
         return f"{type(error).__name__}: {error}"
 

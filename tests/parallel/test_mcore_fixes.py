@@ -56,7 +56,8 @@ def test_batched_messages_between_two_interleaved_stages(case: Case) -> None:
 def moments(state: Any) -> dict[str, torch.Tensor]:
     """Optimizer state in the model's own shapes, as a checkpoint stores it."""
     sharded = state.optimizer.sharded_state_dict(
-        {"model0": state.modules[0].sharded_state_dict(metadata=checkpoint.METADATA)}, metadata=checkpoint.METADATA
+        {"model0": state.modules[0].sharded_state_dict(metadata=dict(checkpoint.METADATA))},
+        metadata=dict(checkpoint.METADATA),
     )
     return {
         f"{index}.{name}": tensor.data.clone()

@@ -99,10 +99,10 @@ class Cluster:
 
     def ended(self, number: str) -> dict[str, str]:
         """Wait for the end of a job."""
-        job: dict[str, str] = until(f"job {number} ends", lambda: self._ended(number))
+        job: dict[str, str] = until(f"job {number} ends", lambda: self.ended_yet(number))
         return job
 
-    def _ended(self, number: str) -> dict[str, str] | None:
+    def ended_yet(self, number: str) -> dict[str, str] | None:
         """The job where it has ended. A requeued job waits two minutes for the credential of its last start to run out;
         here it need not. (The new one must only not be of the same second.)"""
         job = self.job(number)

@@ -73,6 +73,7 @@ def test_failures_are_tried_again_a_few_times(inside: Cluster, tmp_path: Path) -
     assert read_status(run.folder).restarts == 1
 
 
+@pytest.mark.slow
 def test_progress_renews_the_patience(inside: Cluster, tmp_path: Path) -> None:
     body = '#TRAIN\n[ "$rank" = 0 ] || exit 0; save "$start"; [ "$start" -ge 3 ] && { end 0; exit 0; }; end 1; exit 1'
     run = launch(tmp_path, body, "--max-restarts", "0")
@@ -80,6 +81,7 @@ def test_progress_renews_the_patience(inside: Cluster, tmp_path: Path) -> None:
     assert [code for event, code in run.events() if event == "end"] == [1, 1, 0]
 
 
+@pytest.mark.slow
 def test_ranks_that_die_without_a_word_have_not_finished(inside: Cluster, tmp_path: Path) -> None:
     """srun gives 0, and nobody wrote that the run is finished."""
     run = launch(tmp_path, "#TRAIN\nexit 0", "--max-restarts", "0")
@@ -99,6 +101,7 @@ def test_told_ahead_of_the_time_limit_it_saves_and_goes_on(inside: Cluster, tmp_
     assert "start from checkpoint step-00000002" in run.log()
 
 
+@pytest.mark.slow
 def test_a_users_stop_saves_and_ends(inside: Cluster, tmp_path: Path) -> None:
     run = launch(tmp_path, SAVES + "sleeping")
     running(run)
@@ -143,6 +146,7 @@ def test_a_node_dies_and_the_job_goes_on_elsewhere(inside: Cluster, tmp_path: Pa
     until("n2 is back", lambda: "3" in inside.run("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D"))
 
 
+@pytest.mark.slow
 def test_a_node_that_is_not_fit_is_left_out(inside: Cluster, tmp_path: Path) -> None:
     body = """
     preflight() { [ "$SLURM_STEP_NODELIST" = "n[1-2]" ] || exit 0; echo n1 >"$run/slurm/bad-nodes"; exit 1; }

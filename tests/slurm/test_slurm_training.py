@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 
 @pytest.mark.timeout(900)
 def test_two_nodes_stopped_and_requeued_train_as_one_machine_does(
-    inside: Cluster, made_once: tuple[dict[str, Any], list[tuple[Any, ...]]], tmp_path: Path
+    inside: Cluster,
+    made_once: tuple[dict[str, Any], list[tuple[Any, ...]]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Tensor 2 x data 2 over two nodes. Every step stands once and has the numbers of the local run to the bit, so
     every pair was used as often and in the same order."""
@@ -92,23 +96,42 @@ def test_two_nodes_stopped_and_requeued_train_as_one_machine_does(
     assert run.events() == [("start", None), ("end", 138), ("start", None), ("end", 0)]
     assert [row[0] for row in expected] == list(range(1, STEPS + 1))
     assert numbers(run) == expected
+    record_property("equal_steps", len(expected))
     assert main(["status", str(run.folder)]) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_node_dies_while_it_trains(
-    inside: Cluster, made_once: tuple[dict[str, Any], list[tuple[Any, ...]]], tmp_path: Path
+    inside: Cluster,
+    made_once: tuple[dict[str, Any], list[tuple[Any, ...]]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     sections, expected = made_once
     run = write_run(tmp_path / "run", **sections | {"train": {"max_steps": STEPS, "save_steps": 10}})
     assert main(["launch", run.file, "--nodes", "2", "--gpus-per-node", "2", "--cpus", "1", "--preflight"]) == 0
     until("a checkpoint", lambda: step_of(run) >= 12)
+
+    def again() -> float | None:
+        """When the second start began, once it has done a step."""
+        inside.ended_yet(run.number)  # nudges SLURM
+        starts = [event for event in run.records("slurm/attempts.jsonl") if event["event"] == "start"]
+        metrics = run.folder / "metrics.jsonl"
+        if len(starts) < 2 or metrics.stat().st_mtime < starts[1]["time"]:
+            return None
+        return starts[1]["time"] if step_of(run) > int(starts[1]["checkpoint"].removeprefix("step-")) else None
+
     try:
+        killed = time.time()
         inside.act("kill", "2")
+        started = until("training goes on", again)
+        record_property("node_started_seconds", round(started - killed, 1))
+        record_property("node_training_seconds", round(time.time() - killed, 1))
         job = inside.ended(run.number)
         assert (job["JobState"], job["Restarts"], job["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), run.log()
         assert numbers(run) == expected
+        record_property("equal_steps", len(expected))
         assert "preflight: every node is fit" in run.log()
     finally:
         inside.act("start", "2")
@@ -118,7 +141,10 @@ def test_a_node_dies_while_it_trains(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_rank_is_started_again_in_the_same_job(
-    inside: Cluster, made_once: tuple[dict[str, Any], list[tuple[Any, ...]]], tmp_path: Path
+    inside: Cluster,
+    made_once: tuple[dict[str, Any], list[tuple[Any, ...]]],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     sections, expected = made_once
     run = write_run(tmp_path / "run", **sections | {"train": {"max_steps": STEPS, "save_steps": 10}})
@@ -129,6 +155,7 @@ def test_a_killed_rank_is_started_again_in_the_same_job(
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), run.log()
     assert [event for event, _ in run.events()] == ["start", "end", "start", "end"]
     assert numbers(run) == expected
+    record_property("equal_steps", len(expected))
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -169,6 +171,99 @@ def test_a_hang_is_noticed_with_everyone_s_stack(
     record_property("seconds", seconds[0])
     assert seconds[0] < limit + 10
     assert run.train() == 0
+    steps_once(run)
+
+
+def act_once(run: Run, act: Callable[[], Any]) -> None:
+    """In the rank that comes here first, and only at the first start."""
+    if not (run.folder / "happened").exists():
+        (run.folder / "happened").touch()
+        (run.folder / "began").write_text(str(time.monotonic()))
+        act()
+
+
+def stop_a_helper() -> None:
+    import multiprocessing
+
+    os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGSTOP)
+
+
+def hang_while_tokenising(run: Run, patch: pytest.MonkeyPatch) -> None:
+    """One of two tokenising processes is stopped; the first rank waits for what it has."""
+    import megadpo.data.processes as processes
+    from megadpo.data.store import StoreWriter
+
+    patch.setattr(processes, "SMALL", 0)
+    patch.setattr(processes, "CHUNK", 8)
+    add, added = StoreWriter.add, iter(range(10**6))
+
+    def and_stop(self: Any, groups: Any) -> None:
+        add(self, groups)
+        if next(added) == 3:  # two signs of progress have shown how far apart they are
+            act_once(run, stop_a_helper)
+
+    patch.setattr(StoreWriter, "add", and_stop)
+
+
+def hang_while_loading(run: Run, patch: pytest.MonkeyPatch) -> None:
+    import megadpo.convert.importer as importer
+
+    fill, filled = importer.fill, iter(range(10**6))
+
+    def and_sleep(*arguments: Any) -> None:
+        fill(*arguments)
+        if torch.distributed.get_rank() == 1 and next(filled) == 3:
+            act_once(run, lambda: time.sleep(600))
+
+    patch.setattr(importer, "fill", and_sleep)
+
+
+def hang_while_scoring(run: Run, patch: pytest.MonkeyPatch) -> None:
+    import megadpo.train.score as scoring
+
+    score, scored = scoring.score, iter(range(10**6))
+
+    def and_sleep(*arguments: Any) -> Any:
+        if torch.distributed.get_rank() == 1 and next(scored) == 4:
+            act_once(run, lambda: time.sleep(600))
+        return score(*arguments)
+
+    patch.setattr("megadpo.train.run.groups_per_pass", lambda config: 4)
+    patch.setattr(scoring, "score", and_sleep)
+
+
+EARLY_HANGS = {
+    "loading": (hang_while_loading, "loading "),
+    "tokenising": (hang_while_tokenising, "tokenising data.train"),
+    "scoring": (hang_while_scoring, "the reference's log-probabilities"),
+}
+
+
+@pytest.mark.parametrize("phase", one_of(EARLY_HANGS))
+def test_a_hang_before_training_is_noticed(
+    run: Run,
+    phase: str,
+    capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within the limit of a step, with stacks, and the same command goes on."""
+    hang, doing = EARLY_HANGS[phase]
+    limit = float(os.environ.get("MEGADPO_TEST_HANG_TIMEOUT", "4"))
+    with monkeypatch.context() as patch:
+        hang(run, patch)
+        assert run.train(f"train.hang_timeout={limit}", "data.num_proc=2") == 75
+        seconds = time.monotonic() - float((run.folder / "began").read_text())
+    assert "made no progress" in capfd.readouterr().err
+    logs = [(run.run_dir / "logs" / f"rank-{rank}.log") for rank in range(2)]
+    text = "".join(log.read_text() for log in logs if log.exists())
+    assert f"hung: {doing}" in text
+    assert "Current thread" in text or "Thread 0x" in text
+    if phase == "tokenising":
+        assert "_process_worker" in text, "the stack of the process that hung"
+    record_property("seconds", seconds)
+    assert seconds < limit + 10
+    assert run.train("data.num_proc=2") == 0
     steps_once(run)
 
 
@@ -369,8 +464,6 @@ def test_a_damaged_checkpoint_is_passed_over(run: Run, capfd: pytest.CaptureFixt
 @pytest.mark.slow
 def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before anything is written, with what is needed; what was saved before goes on once there is room."""
-    import shutil
-
     real = shutil.disk_usage
     with monkeypatch.context() as patch:
 
@@ -378,7 +471,7 @@ def test_a_disk_that_is_too_small(run: Run, capfd: pytest.CaptureFixture[str], m
             count = len(checkpoint.checkpoints(run.run_dir))
             return real(path)._replace(free=1000) if count else real(path)
 
-        patch.setattr("megadpo.checkpoint.tensors.shutil.disk_usage", usage)
+        patch.setattr("megadpo.checkpoint.saving.shutil.disk_usage", usage)
         assert run.train() == 2
     error = capfd.readouterr().err
     assert re.search(r"the disk is full: the checkpoint takes 0\.\d+ GB and 0\.000 GB are free", error), error
@@ -396,13 +489,90 @@ def test_a_disk_that_fails_while_it_is_written(run: Run, mode: str, capfd: pytes
     def limit(context: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    with in_step(4, 0, limit, once=run.folder / "happened"):
+    # by step 5 the save of step 2 is done, that of step 4 perhaps; that of step 6 fails
+    with in_step(5, 0, limit, once=run.folder / "happened"):
         assert run.train(f"train.async_save={mode}") == 2
     error = capfd.readouterr().err
     assert "cannot be written by rank 0; the file would be larger than allowed" in error
-    assert [path.name for path in checkpoint.checkpoints(run.run_dir)] == ["step-00000002"]
+    names = [path.name for path in checkpoint.checkpoints(run.run_dir)]
+    assert names[0] == "step-00000002"
+    assert names[1:] == ["step-00000004"] or (mode == "true" and not names[1:])
+    assert not list((run.run_dir / "checkpoints").glob("*.partial"))
     assert run.train() == 0
     steps_once(run)
+
+
+# ---- a real disk: a small file system in memory, where the tests may mount one
+
+
+@pytest.fixture
+def disk(run: Run) -> Iterator[Path]:
+    """A file system of 64 MB in the place of the run's checkpoints; change it with `remount`."""
+    place = run.run_dir / "checkpoints"
+    place.mkdir(parents=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}; run the tests as root")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def remount(disk: Path, *options: str) -> None:
+    subprocess.run(["mount", "-o", ",".join(["remount", *options]), str(disk)], check=True)
+
+
+def no_room_left(disk: Path) -> None:
+    """Room for a quarter of a checkpoint or less beside what is there."""
+    used = shutil.disk_usage(disk).used
+    remount(disk, f"size={used + used // 8}")
+
+
+@pytest.mark.parametrize(
+    ("told", "mode"), [few("by a write", "false"), many("before", "false"), many("by a write", "true")]
+)
+def test_a_disk_that_is_really_full(
+    run: Run, disk: Path, told: str, mode: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 5 on; by then one save is done, or two."""
+    with monkeypatch.context() as patch:
+        if told == "by a write":  # a file system that does not say how much is free, or a quota
+            patch.setattr("megadpo.checkpoint.saving.Saving._enough_room", lambda self: None)
+        with in_step(5, 0, lambda context: no_room_left(disk), once=run.folder / "happened"):
+            assert run.train(f"train.async_save={mode}") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "the disk is full: " + ("free some space" if told == "by a write" else "the checkpoint takes") in error
+    whole = checkpoint.checkpoints(run.run_dir)
+    assert whole[0].name == "step-00000002"
+    assert not any(checkpoint.damage(path) for path in whole)
+    assert not list(disk.glob("*.partial"))
+    remount(disk, "size=64m")
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.slow
+def test_a_disk_that_becomes_read_only(run: Run, disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with in_step(4, 0, lambda context: remount(disk, "ro"), once=run.folder / "happened"):
+        assert run.train() == 2
+    assert "the file system is read-only: mount it for writing" in capfd.readouterr().err
+    assert [path.name for path in checkpoint.checkpoints(run.run_dir)] == ["step-00000002"]
+    remount(disk, "rw")
+    assert run.train() == 0
+    steps_once(run)
+
+
+@pytest.mark.slow
+def test_a_run_folder_on_a_read_only_disk(run: Run, disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    remount(disk, "ro")
+    assert run.train(f"run_dir={disk / 'run'}") == 2
+    error = capfd.readouterr().err
+    assert "the file system is read-only: mount it for writing" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
