@@ -22,7 +22,7 @@ WIDE = replace(
     kv_channels=32,
     vocab_size=512,
 )
-LOAD = Load(tokens=512, scored=256, micro_batches=4)
+LOAD = Load(tokens=512, scored=256, micro_batches=2)
 SMALL = 128
 """Bytes: collectives of counts, norms and totals have less."""
 
@@ -31,7 +31,14 @@ def light(case: Case, world: int, rank: int, load: Load = LOAD, gpu: bool = True
     return rank_numbers(case.shape, case.config, world, rank, load.tokens, load.scored, load.micro_batches, gpu)
 
 
-@pytest.mark.parametrize("case", GRIDS, ids=lambda case: case.name)
+SOME = {"no sharding", "PP2, tied", "DP2, float32", "TP2, experts split", "TP2 PP2", "EP2 PP2"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in SOME else pytest.param(case, marks=pytest.mark.slow) for case in GRIDS],
+    ids=lambda case: case.name,
+)
 def test_what_lasts_is_exact(case: Case) -> None:
     """On worlds four times as large as the smallest, so that everything is shared out."""
     world = case.ranks * 4
@@ -55,8 +62,8 @@ def test_many_buckets() -> None:
 
 
 WALKS = [
-    (Case("TP2 PP3, sequence parallel", WIDE, ParallelConfig(2, 3, sequence_parallel=True), 6), (4, 11)),
-    (Case("PP2 virtual, full recompute", WIDE, ParallelConfig(1, 2, 3), 2, recompute="full"), (0, 3)),
+    (Case("TP2 PP3, sequence parallel", WIDE, ParallelConfig(2, 3, sequence_parallel=True), 6), (4,)),
+    (Case("PP2 virtual, full recompute", WIDE, ParallelConfig(1, 2, 3), 2, recompute="full"), (3,)),
     (Case("resident", WIDE, ParallelConfig(1, 2, use_distributed_optimizer=False), 2, reference=RESIDENT), (3,)),
     (Case("resident in FP8", WIDE, ParallelConfig(2), 2, reference=HELD_IN_FP8), (0,)),
     (Case("swapped", WIDE, ParallelConfig(), 1, recompute="full", reference=SWAPPED), (0,)),
