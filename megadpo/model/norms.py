@@ -22,7 +22,7 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        self.weight = _weight(hidden_size, config)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps, self.zero_centred = eps, config.layernorm_zero_centered_gamma
 
@@ -42,7 +42,7 @@ class ProjectionNorm(torch.nn.Module):
         """hidden_size: of one head. group: the tensor-parallel ranks; their number divides `heads`."""
         super().__init__()
         self.group, self.eps, self.width = group, eps, heads * hidden_size
-        self.weight = torch.nn.Parameter(torch.empty(self.width // group.size(), dtype=config.params_dtype))
+        self.weight = _weight(self.width // group.size(), config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, 1, heads here, W] -> the same."""
@@ -61,6 +61,12 @@ class ProjectionNorm(torch.nn.Module):
         state = self.state_dict(prefix="", keep_vars=True)
         groups = {"tp_group": self.group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+def _weight(size: int, config: TransformerConfig) -> torch.nn.Parameter:
+    """On the device of Megatron-Core's own layers: a model that no data parallelism wraps is not moved later."""
+    device = None if config.use_cpu_initialization else torch.cuda.current_device()
+    return torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
 
 
 def with_norm_after(layer: type, norm: Any) -> type:
