@@ -113,6 +113,7 @@ def assembled(
     scored, reference = _with_reference(
         config, inputs, streams, counts, policy, context, log, weights=weights, watch=watch
     )
+    watch.slowly("building the optimizer")
     chunks = wrap(policy, config.parallel)
     return TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel)), scored, reference
 
