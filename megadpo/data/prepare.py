@@ -36,12 +36,13 @@ def prepare(
     wanted: Wanted,
     batch: BatchConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_end: Callable[[], None] = lambda: None,
 ) -> GroupStore:
     """The store of `sources` under data.cache_dir; made now where it is not there yet.
 
     wanted: the kind of data and what of it, see `kinds.wanted`. batch: where it sets micro_batch_tokens, no group takes
-    more rows of a stream than that. on_progress is told the rows done so far.
-    Several processes may prepare the same data at once. Raises DataError, TokenizerError, ConfigError,
+    more rows of a stream than that. on_progress is told the rows done so far; on_end is called before
+    the store is brought to the disk. Several processes may prepare the same data at once. Raises DataError, TokenizerError, ConfigError,
     StorageError.
     """
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
@@ -51,7 +52,7 @@ def prepare(
         return GroupStore.open(folder)
     if data.max_length < 2:
         raise ConfigError(f"data.max_length = {data.max_length}: must be at least 2, a prompt token and one more")
-    _make(folder, sources, data, limit, model_path, tokenizer, wanted, on_progress)
+    _make(folder, sources, data, limit, model_path, tokenizer, wanted, on_progress, on_end)
     return GroupStore.open(folder)
 
 
@@ -96,6 +97,7 @@ def _make(
     tokenizer: Tokenizer,
     wanted: Wanted,
     on_progress: Callable[[int], None] | None,
+    on_end: Callable[[], None],
 ) -> None:
     """Writes beside `folder` and renames at the end, so that `folder` is a whole store or is not there."""
     start = time.monotonic()
@@ -115,6 +117,7 @@ def _make(
                     tally.add(outcome)
                 if on_progress is not None:
                     on_progress(tally.done)
+            on_end()
             report = tally.report(tokenizer.template_source, time.monotonic() - start)
             if not report.groups:
                 raise DataError(f"{', '.join(sources)}: nothing to train on; {'; '.join(report.lines())}")

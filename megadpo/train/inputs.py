@@ -168,8 +168,11 @@ def _prepare(
             got_on()
             sign()
 
+        def end() -> None:
+            watch.slowly(f"bringing {name} to the disk")
+
         with screen.task(f"{name}: rows", None) as task:
-            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, on_progress)
+            return prepare(sources, config.data, config.model.path, wanted(config), config.batch, on_progress, end)
 
     train = store("data.train", config.data.train)
     return train, store("data.eval", config.data.eval) if config.data.eval else None
