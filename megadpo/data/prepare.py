@@ -42,8 +42,8 @@ def prepare(
 
     wanted: the kind of data and what of it, see `kinds.wanted`. batch: where it sets micro_batch_tokens, no group takes
     more rows of a stream than that. on_progress is told the rows done so far; on_end is called before
-    the store is brought to the disk. Several processes may prepare the same data at once. Raises DataError, TokenizerError, ConfigError,
-    StorageError.
+    the store is brought to the disk. Several processes may prepare the same data at once. Raises DataError,
+    TokenizerError, ConfigError, StorageError.
     """
     tokenizer = load_tokenizer(data.tokenizer or model_path, data.chat_template)
     limit = _limit(data, batch, wanted)
