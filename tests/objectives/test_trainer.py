@@ -284,13 +284,14 @@ def test_a_reference_free_run_neither_loads_nor_scores_one(monkeypatch: pytest.M
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a reference was loaded or scored")
 
-    for name in ("_reference_model", "_scored", "score_groups", "weights_digest"):
+    for name in ("_reference_model", "_scored", "score_groups"):
         monkeypatch.setattr(run, name, never)
+    weights = run.Weights(never, never)
     for objective in (SLiC(), SimPO(), ORPO(), CPO(), CLICK(), RRHF(), SFT(), Mix((SimPO(), SFT()))):
         for mode in ("precomputed", "resident"):
             config = replace(CONFIG, objective=objective, reference=ReferenceConfig(mode, path="elsewhere"))
-            scored, reference = run._with_reference(config, *WITHOUT)
+            scored, reference = run._with_reference(config, *WITHOUT, weights=weights)
             assert reference is None
             assert [part.column for part in scored] == [None]
     with pytest.raises(AssertionError, match="loaded or scored"):
-        run._with_reference(replace(CONFIG, objective=DPO()), *WITHOUT)
+        run._with_reference(replace(CONFIG, objective=DPO()), *WITHOUT, weights=weights)
