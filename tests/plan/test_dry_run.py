@@ -102,9 +102,10 @@ GRID_70B = ParallelConfig(8, 4, sequence_parallel=True)
 GRID_405B = ParallelConfig(8, 16, sequence_parallel=True)
 
 
-def test_70b_on_512_ranks() -> None:
-    """The last rank, with the head."""
+def test_large_models_are_walked() -> None:
+    """The last rank, with the head, of both; few micro-batches."""
     assert walked("llama3.1-70b", GRID_70B, 512, 511, Load(4096, 2048, 1, 2)) < 120
+    assert walked("llama3.1-405b", GRID_405B, 4096, 4095, Load(8192, 4096, 2, 2), "full") < 120
 
 
 @pytest.mark.slow
