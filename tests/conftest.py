@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `make test` deals to its two workers (pytest-xdist, --dist loadgroup): whole files, as they share what they
     build; all of tests/slurm, which has one cluster."""

@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.nn.attention.varlen  # nothing else may have
 from megadpo_kernels.prefix import duplicate
 from megatron.core.transformer import TransformerConfig
 from tiny import random_groups
