@@ -54,7 +54,9 @@ def to_fp8(x: Tensor, kind: Kind) -> Tensor:
 def scale_of(amax: Tensor, kind: Kind) -> Tensor:
     """Float32: what brings amax to the format's largest number. 1 where amax is 0 or not finite; float32's largest
     number where the quotient is over it."""
-    scale = (LARGEST[kind] / amax).clamp(max=torch.finfo(torch.float32).max)
+    # Transformer Engine's quotient is the nearest float32 (recipe_common.cuh: __fdiv_rn); a plain number divided by a
+    # tensor is, in torch, that number times a reciprocal.
+    scale = (torch.full_like(amax, LARGEST[kind]) / amax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
 
 
@@ -139,9 +141,10 @@ class Operands(torch.nn.Module):
     (Transformer Engine shares them so with `delayed`; with `tensorwise` each rank scales its own part of a tensor.)
 
     `delayed` scales an operand by its largest number in the last steps, the running one not among them: over all
-    micro-batches and ranks, noted by `amaxes_noted`. (Transformer Engine counts micro-batches instead of steps.) As
-    long as nothing is known, the operand at hand is looked at. (Transformer Engine has scale 1 there.) The numbers are
-    in checkpoints (`sharded_history`), so a run goes on as if it had not stopped.
+    micro-batches and ranks (`amaxes_noted`, `remember_amaxes`), of steps that made an update. (Transformer Engine
+    counts micro-batches instead of steps.) As long as nothing is known, the operand at hand is looked at. (Transformer
+    Engine has scale 1 there.) The numbers are in checkpoints (`sharded_history`), so a run goes on as if it had not
+    stopped.
     """
 
     history_HP: Tensor
@@ -278,9 +281,9 @@ def unrounded(chunks: Sequence[Any], only_delayed: bool = False) -> Iterator[Non
 
 
 @contextmanager
-def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[None]:
-    """With the delayed recipe, the largest numbers of the passes inside are what scales the next step's. For a step's
-    passes only: evaluation, scoring and probes leave them alone. Every data-parallel rank enters it."""
+def amaxes_noted(chunks: Sequence[Any]) -> Iterator[None]:
+    """With the delayed recipe, note the largest numbers of the passes inside, for `remember_amaxes`. For a step's
+    passes only: evaluation, scoring and probes leave them alone."""
     here = [operands for operands in _operands(chunks) if operands.delayed]
     for operands in here:
         operands.seen_P.zero_()
@@ -290,6 +293,12 @@ def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[No
     finally:
         for operands in here:
             operands.noting = False
+
+
+def remember_amaxes(chunks: Sequence[Any], context: ParallelContext) -> None:
+    """What was noted last scales the next step. Once per update, so that a batch that is left out leaves nothing
+    behind. Every data-parallel rank calls it."""
+    here = [operands for operands in _operands(chunks) if operands.delayed]
     if not here:
         return
     seen = context.max_over_data(torch.stack([operands.seen_P for operands in here]))

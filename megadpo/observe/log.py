@@ -73,7 +73,7 @@ class RunLog:
         if self._screen is None:
             return
         path = self._folder / METRICS
-        truncate_after(path, step)
+        truncate_after(path, step or -1)  # what a start writes as step 0 is written anew
         with storage_errors(path):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = self._closing.enter_context(path.open("a", encoding="utf-8"))

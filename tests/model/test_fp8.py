@@ -24,11 +24,12 @@ from megadpo.data.packing import Budget
 from megadpo.data.stream import open_streams
 from megadpo.errors import MachineError
 from megadpo.model.build import build_chunks, transformer_config
-from megadpo.model.fp8 import learning_nothing, machine_problem, recipe_problem
+from megadpo.model.fp8 import learning_nothing, machine_problem, precision, recipe_problem
 from megadpo.objectives import DPO
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.parallel.user_buffers import overlap_problem, start_user_buffers
+from megadpo.train.identity import _fp8
 from megadpo.train.optimizer import wrap
 from megadpo.train.passes import score
 from megadpo.train.step import train_step
@@ -173,6 +174,38 @@ def test_without_transformer_engine_the_page_that_helps_is_named(monkeypatch: py
     monkeypatch.setattr(mcore_fixes, "have_te", lambda: False)
     line = machine_problem(FP8, torch.device("cuda"))
     assert "needs Transformer Engine, which is not installed: docs/install.md" in str(line)
+
+
+# ---- what is not the same run, and not the same column
+
+
+def test_what_decides_the_weights_is_part_of_whose_run_it_is() -> None:
+    """A run file that goes on with other layers in bf16, or with weights in FP8, is refused; emulated or not is left
+    to the machine."""
+    plain = ModelConfig("m", fp8_format="hybrid")
+    ends = replace(plain, first_last_layers_bf16=True)
+    others = [
+        ModelConfig("m"),
+        replace(plain, fp8_format="e4m3"),
+        replace(plain, fp8_recipe="mxfp8"),
+        replace(plain, fp8_param_gather=True),
+        ends,
+        replace(ends, num_layers_at_start_in_bf16=2),
+        replace(ends, num_layers_at_end_in_bf16=2),
+    ]
+    told = [_fp8(model).get("model.fp8") for model in [plain, *others]]
+    assert len(set(told)) == len(told), told
+    assert _fp8(replace(plain, fp8_emulation=True)) == _fp8(plain)
+
+
+def test_columns_of_another_precision_are_told_apart() -> None:
+    """What passes without a gradient compute in, weights gathered in FP8 included."""
+    plain = ModelConfig("m", fp8_format="hybrid", fp8_recipe="blockwise")
+    gathered = replace(plain, fp8_param_gather=True)
+    bf16 = ModelConfig("m")
+    assert len({precision(model) for model in (plain, gathered, bf16, replace(plain, fp8_emulation=True))}) == 4
+    assert precision(replace(plain, fp8_format="e4m3")) == precision(plain)
+    assert precision(replace(plain, fp8_recipe="delayed")) == precision(bf16)
 
 
 # ---- where FP8 is on
