@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from megatron.core.dist_checkpointing import ShardedTensor
 from tiny import random_groups, write_llama
-from train.engine import Case, build
+from train.engine import Case, build, pieces
 
 from megadpo.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megadpo.config.check import row_multiple
@@ -174,6 +175,35 @@ def test_without_transformer_engine_the_page_that_helps_is_named(monkeypatch: py
     monkeypatch.setattr(mcore_fixes, "have_te", lambda: False)
     line = machine_problem(FP8, torch.device("cuda"))
     assert "needs Transformer Engine, which is not installed: docs/install.md" in str(line)
+
+
+# ---- what GPU tests compare by
+
+
+class Wrapper(torch.Tensor):
+    """Holds its numbers elsewhere, as Transformer Engine's FP8 tensors do; every one's address is 0."""
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> "Wrapper":
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default, func
+        return cls(args[0].numbers)
+
+
+def test_parameters_without_an_address_are_told_apart() -> None:
+    """Each tensor gets its own parameter's numbers."""
+    weights = {name: torch.nn.Parameter(Wrapper(torch.full((2, 3), value))) for name, value in (("a", 1.0), ("b", 2.0))}
+    assert {weight.data_ptr() for weight in weights.values()} == {0}
+    entries = {n: ShardedTensor.from_rank_offsets(n, weight) for n, weight in weights.items()}
+    module = SimpleNamespace(parameters=weights.values, sharded_state_dict=lambda metadata: entries)
+    found = pieces(SimpleNamespace(modules=[module]), lambda p: p.detach().numbers)  # type: ignore[arg-type]
+    assert {name: piece.data[0, 0].item() for name, piece in found.items()} == {"a": 1, "b": 2}
 
 
 # ---- what is not the same run, and not the same column

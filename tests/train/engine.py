@@ -117,13 +117,14 @@ def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:
 
     found = {}
     for module in state.modules:
-        by_data = {p.data_ptr(): p for p in module.parameters()}
+        # by identity: a tensor subclass, as Transformer Engine's FP8 weights are, has no address of its own
+        parameters = {id(p): p for p in module.parameters()}
         for entry in module.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
             if isinstance(entry, ShardedTensorFactory):
-                entry = replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))
+                entry = replace(entry, data=tensor_of(parameters[id(entry.data)]).to(entry.data.dtype))
                 parts = entry.build()
-            elif isinstance(entry, ShardedTensor) and entry.data.data_ptr() in by_data:  # no buffer
-                parts = [replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))]
+            elif isinstance(entry, ShardedTensor) and id(entry.data) in parameters:  # no buffer
+                parts = [replace(entry, data=tensor_of(parameters[id(entry.data)]).to(entry.data.dtype))]
             else:
                 continue
             for part in parts:
