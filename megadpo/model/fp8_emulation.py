@@ -2,8 +2,9 @@
 
 The recipes are Transformer Engine's (common/recipe/__init__.py and recipe_common.cuh; FP8 formats: Micikevicius et al.,
 2209.05433; MXFP8: OCP Microscaling Formats 1.0). Forward products take x and w, the gradient of x takes dy and w, that
-of w takes dy and x; biases and everything else stay as they are. A product adds up in float32, as tensor cores do, and
-is rounded once, to the model's dtype.
+of w takes dy and x; biases and everything else stay as they are. A product adds up in float32 and is rounded
+once, to the model's dtype. (Transformer Engine's forward products with one scale per tensor add up in the tensor cores'
+own registers, use_split_accumulator false, which on Hopper have fewer bits than float32.)
 
 Axis letters of this file: T rows of the stream, I inputs and O outputs of a linear layer.
 """
@@ -138,7 +139,9 @@ class Operands(torch.nn.Module):
     """The operands of one linear layer: how they are rounded, and what is remembered of them.
 
     Scales of whole tensors are shared over the tensor-parallel ranks, so that the numbers do not depend on the grid.
-    (Transformer Engine shares them so with `delayed`; with `tensorwise` each rank scales its own part of a tensor.)
+    (Transformer Engine shares them so with `delayed`. With `tensorwise` it does under sequence parallelism, for a
+    column-parallel layer's x and a row-parallel layer's dy; any other operand is scaled by what a rank holds of it.
+    pytorch/module/linear.py: with_amax_reduction.)
 
     `delayed` scales an operand by its largest number in the last steps, the running one not among them: over all
     micro-batches and ranks (`amaxes_noted`, `remember_amaxes`), of steps that made an update. (Transformer Engine
