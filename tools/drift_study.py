@@ -325,8 +325,8 @@ def main() -> int:
         "and in bfloat16. Loss and what is held out are compared with the bfloat16 run from the same weights on the",
         "same pairs in the same order; of several orders it is the mean difference and its standard error, of one the",
         "difference alone, whose noise is not known. What is held out is computed as the run computes: in FP8, except",
-        "for delayed scaling, whose passes without a gradient are in bfloat16. At the start formats do not differ: only",
-        "gradients do. Delayed scaling is not measured before it has scales.",
+        "for delayed scaling, whose passes without a gradient are in bfloat16. At the start formats do not differ:",
+        "only gradients do. Delayed scaling is not measured before it has scales.",
     ]
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
