@@ -323,9 +323,10 @@ def main() -> int:
         "Differences are absolute and in nats: of a token's log-probability (mean and largest), of a response's, of",
         f"the margin (chosen minus rejected), on a probe of {options.probe} training pairs; the same weights in FP8",
         "and in bfloat16. Loss and what is held out are compared with the bfloat16 run from the same weights on the",
-        "same pairs in the same order, with the standard error over orders. What is held out is computed as the run",
-        "computes: in FP8, except for delayed scaling, whose passes without a gradient are in bfloat16. At the start",
-        "formats do not differ: only gradients do. Delayed scaling is not measured before it has scales.",
+        "same pairs in the same order; of several orders it is the mean difference and its standard error, of one the",
+        "difference alone, whose noise is not known. What is held out is computed as the run computes: in FP8, except",
+        "for delayed scaling, whose passes without a gradient are in bfloat16. At the start formats do not differ:",
+        "only gradients do. Delayed scaling is not measured before it has scales.",
     ]
     with tempfile.TemporaryDirectory() as folder:
         options.folder = folder

@@ -70,6 +70,11 @@ def _reference(config: Config) -> list[str]:
             f"reference.fp8_weights = true: is for reference.mode = resident and this is {reference.mode}, which takes "
             "little of the device's memory anyway; leave one out"
         )
+    if reference.fp8_weights and config.model.fp8_emulation:
+        found.append(
+            "reference.fp8_weights = true: not with model.fp8_emulation, which would round these weights a second "
+            "time, as no device does; leave one out"
+        )
     if reference.swap_steps != ReferenceConfig().swap_steps and reference.mode != "swapped":
         found.append(
             f"reference.swap_steps = {reference.swap_steps}: is for reference.mode = swapped and this is "
@@ -320,6 +325,12 @@ def _fp8(config: Config) -> list[str]:
         found.append(
             "model.fp8_param_gather = true: not with model.fp8_emulation, which keeps weights in model.dtype; leave "
             "one out"
+        )
+    elif model.fp8_param_gather and model.fp8_recipe == "delayed":
+        found.append(
+            "model.fp8_param_gather = true: not with model.fp8_recipe = delayed, which knows no scale yet when weights "
+            "are loaded and would round them with scale 1, small ones to 0; use tensorwise, blockwise or mxfp8, or "
+            "leave this out"
         )
     if model.fp8_param_gather and not grid.use_distributed_optimizer:
         found.append(

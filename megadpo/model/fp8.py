@@ -41,7 +41,8 @@ def precision(model: ModelConfig) -> str:
         return model.dtype
     kept = (model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16)
     layers = f" but {kept[0]} and {kept[1]} layers" if model.first_last_layers_bf16 else ""
-    return f"{model.dtype}, fp8 {model.fp8_recipe}{layers}{', emulated' if model.fp8_emulation else ''}"
+    weights = ", weights in fp8" if model.fp8_param_gather else ""
+    return f"{model.dtype}, fp8 {model.fp8_recipe}{layers}{weights}{', emulated' if model.fp8_emulation else ''}"
 
 
 def machine_problem(model: ModelConfig, device: torch.device) -> str | None:

@@ -2,8 +2,9 @@
 
 The recipes are Transformer Engine's (common/recipe/__init__.py and recipe_common.cuh; FP8 formats: Micikevicius et al.,
 2209.05433; MXFP8: OCP Microscaling Formats 1.0). Forward products take x and w, the gradient of x takes dy and w, that
-of w takes dy and x; biases and everything else stay as they are. A product adds up in float32, as tensor cores do, and
-is rounded once, to the model's dtype.
+of w takes dy and x; biases and everything else stay as they are. A product adds up in float32 and is rounded
+once, to the model's dtype. (Transformer Engine's forward products with one scale per tensor add up in the tensor cores'
+own registers, use_split_accumulator false, which on Hopper have fewer bits than float32.)
 
 Axis letters of this file: T rows of the stream, I inputs and O outputs of a linear layer.
 """
@@ -54,7 +55,9 @@ def to_fp8(x: Tensor, kind: Kind) -> Tensor:
 def scale_of(amax: Tensor, kind: Kind) -> Tensor:
     """Float32: what brings amax to the format's largest number. 1 where amax is 0 or not finite; float32's largest
     number where the quotient is over it."""
-    scale = (LARGEST[kind] / amax).clamp(max=torch.finfo(torch.float32).max)
+    # Transformer Engine's quotient is the nearest float32 (recipe_common.cuh: __fdiv_rn); a plain number divided by a
+    # tensor is, in torch, that number times a reciprocal.
+    scale = (torch.full_like(amax, LARGEST[kind]) / amax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where((amax > 0) & amax.isfinite(), scale, 1.0)
 
 
@@ -136,12 +139,15 @@ class Operands(torch.nn.Module):
     """The operands of one linear layer: how they are rounded, and what is remembered of them.
 
     Scales of whole tensors are shared over the tensor-parallel ranks, so that the numbers do not depend on the grid.
-    (Transformer Engine shares them so with `delayed`; with `tensorwise` each rank scales its own part of a tensor.)
+    (Transformer Engine shares them so with `delayed`. With `tensorwise` it does under sequence parallelism, for a
+    column-parallel layer's x and a row-parallel layer's dy; any other operand is scaled by what a rank holds of it.
+    pytorch/module/linear.py: with_amax_reduction.)
 
     `delayed` scales an operand by its largest number in the last steps, the running one not among them: over all
-    micro-batches and ranks, noted by `amaxes_noted`. (Transformer Engine counts micro-batches instead of steps.) As
-    long as nothing is known, the operand at hand is looked at. (Transformer Engine has scale 1 there.) The numbers are
-    in checkpoints (`sharded_history`), so a run goes on as if it had not stopped.
+    micro-batches and ranks (`amaxes_noted`, `remember_amaxes`), of steps that made an update. (Transformer Engine
+    counts micro-batches instead of steps.) As long as nothing is known, the operand at hand is looked at. (Transformer
+    Engine has scale 1 there.) The numbers are in checkpoints (`sharded_history`), so a run goes on as if it had not
+    stopped.
     """
 
     history_HP: Tensor
@@ -278,9 +284,9 @@ def unrounded(chunks: Sequence[Any], only_delayed: bool = False) -> Iterator[Non
 
 
 @contextmanager
-def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[None]:
-    """With the delayed recipe, the largest numbers of the passes inside are what scales the next step's. For a step's
-    passes only: evaluation, scoring and probes leave them alone. Every data-parallel rank enters it."""
+def amaxes_noted(chunks: Sequence[Any]) -> Iterator[None]:
+    """With the delayed recipe, note the largest numbers of the passes inside, for `remember_amaxes`. For a step's
+    passes only: evaluation, scoring and probes leave them alone."""
     here = [operands for operands in _operands(chunks) if operands.delayed]
     for operands in here:
         operands.seen_P.zero_()
@@ -290,6 +296,12 @@ def amaxes_noted(chunks: Sequence[Any], context: ParallelContext) -> Iterator[No
     finally:
         for operands in here:
             operands.noting = False
+
+
+def remember_amaxes(chunks: Sequence[Any], context: ParallelContext) -> None:
+    """What was noted last scales the next step. Once per update, so that a batch that is left out leaves nothing
+    behind. Every data-parallel rank calls it."""
+    here = [operands for operands in _operands(chunks) if operands.delayed]
     if not here:
         return
     seen = context.max_over_data(torch.stack([operands.seen_P for operands in here]))

@@ -69,16 +69,17 @@ class RunLog:
         self.close()
 
     def resume(self, step: int) -> None:
-        """Open the log to go on after `step` (0: from the beginning); records of later steps are dropped."""
+        """Open the log to go on after `step`; records of later steps are dropped (0: all, the run begins anew)."""
         if self._screen is None:
             return
         path = self._folder / METRICS
-        truncate_after(path, step)
+        last = step or -1  # a run that begins anew writes step 0 anew
+        truncate_after(path, last)
         with storage_errors(path):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = self._closing.enter_context(path.open("a", encoding="utf-8"))
             settings = yaml.safe_load(to_yaml(self._config))
-            self._trackers = open_trackers(self._folder, self._config.log, settings, step + 1)
+            self._trackers = open_trackers(self._folder, self._config.log, settings, last + 1)
         self._training = self._closing.enter_context(self._screen.task("step", self._total, step))
 
     def rewind(self, step: int) -> None:

@@ -141,11 +141,13 @@ class DriftWatch:
         self._model, self._train = config.model, config.train
 
     def at_start(self, log: Any) -> None:
-        """Measure before the first step of this start, and tell of it; a new run's goes into the log as step 0."""
+        """Measure before the first step of this start, and tell of it; a new run's goes into the log as step 0. Raises
+        as `check`."""
         if self._model.fp8_format is None:
             return
         step = self._state.step
-        if step == 0 and self._model.fp8_recipe == "delayed":
+        # Transformer Engine's scales are in no checkpoint, so that every start is without them
+        if self._model.fp8_recipe == "delayed" and (step == 0 or self._model.real_fp8):
             log.line("FP8 drift  not measured before the first step: delayed scaling knows no scales yet")
             return
         drift = self._measured()
@@ -156,27 +158,35 @@ class DriftWatch:
         )
         if step == 0:
             log.step({"step": 0, **drift.metrics})
+        self.check(drift)
 
-    def after_step(self) -> dict[str, float]:
-        """What the step's record gets: the drift where it is due, else nothing."""
+    def log_step(self, log: Any, record: dict[str, Any]) -> None:
+        """Write a step's record, with the drift where it is due. Raises as `check`, once it is written."""
         every = self._train.fp8_probe_steps
         if self._model.fp8_format is None or every == 0 or self._state.step % every:
-            return {}
-        return self._measured().metrics
+            log.step(record)
+            return
+        drift = self._measured()
+        log.step({**record, **drift.metrics})
+        self.check(drift)
+
+    def check(self, drift: Drift) -> None:
+        """Raise NumericsError, on every rank, where it is over the limit or no number."""
+        limit = self._train.fp8_drift_limit
+        if limit is None or drift.token <= limit:
+            return
+        model = self._model
+        ends = model.fp8_recipe == "delayed" or model.first_last_layers_bf16  # not possible, or done
+        raise NumericsError(
+            f"step {self._state.step}: FP8 moves log-probabilities by {drift.token:.3g} nats per token, "
+            f"train.fp8_drift_limit = {limit:g}: {'' if ends else 'set model.first_last_layers_bf16, '}take another "
+            "model.fp8_recipe, or raise the limit; checkpoints are those of the steps before"
+        )
 
     @property
     def _groups(self) -> np.ndarray:
         return probe_groups(len(self._stream.store), self._train.fp8_probe_groups)
 
     def _measured(self) -> Drift:
-        """Raises NumericsError, on every rank, where the drift is over the limit or no number."""
         self._on_pass()
-        drift = measure(self._state.chunks, self._stream, self._groups, self._per_pass, self._context)
-        limit = self._train.fp8_drift_limit
-        if limit is not None and not drift.token <= limit:
-            raise NumericsError(
-                f"step {self._state.step}: FP8 moves log-probabilities by {drift.token:.3g} nats per token, "
-                f"train.fp8_drift_limit = {limit:g}: set model.first_last_layers_bf16, take another model.fp8_recipe, "
-                "or raise the limit; checkpoints are those of the steps before"
-            )
-        return drift
+        return measure(self._state.chunks, self._stream, self._groups, self._per_pass, self._context)

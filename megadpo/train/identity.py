@@ -37,8 +37,14 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
 
 
 def _fp8(model: ModelConfig) -> dict[str, Any]:
-    """Its format and recipe, which are part of what the weights mean; emulated or not is another machine's."""
-    return {} if model.fp8_format is None else {"model.fp8": f"{model.fp8_format} {model.fp8_recipe}"}
+    """Format, recipe, layers in bf16 and whether weights are kept in FP8, which are part of what the weights mean;
+    emulated or not is another machine's."""
+    if model.fp8_format is None:
+        return {}
+    kept = (model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16)
+    layers = f", {kept[0]} first and {kept[1]} last layers in bf16" if model.first_last_layers_bf16 else ""
+    weights = ", fp8_param_gather" if model.fp8_param_gather else ""
+    return {"model.fp8": f"{model.fp8_format} {model.fp8_recipe}{layers}{weights}"}
 
 
 def claim(run_dir: Path, identity: dict[str, Any]) -> None:

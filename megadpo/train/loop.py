@@ -164,7 +164,8 @@ def fit(
             _rewind(state, error, saver, config, log)
             continue
         seconds, memory = time.monotonic() - started, context.most(peak_memory(context.device))
-        log.step(
+        drift.log_step(
+            log,
             {
                 "step": state.step,
                 "epoch": state.consumed / len(train.stream.store),
@@ -174,8 +175,7 @@ def fit(
                 **sums.metrics,
                 "num_scored_tokens": sums.tokens,
                 **meter.step(portion.bins, sums.tokens, seconds, memory),
-                **drift.after_step(),
-            }
+            },
         )
         if spike := spikes.note(sums.loss):
             log.line(f"WARNING    step {state.step}: {spike}; {_named(groups, train.stream)}")

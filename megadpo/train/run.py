@@ -200,7 +200,9 @@ def _scored(
 ) -> Scored:
     """The stream with the reference's log-probabilities of `groups`, as far as they are not known yet."""
     store = stream.store
-    digest = reference_digest(weights, store.digest, precision(config.model))
+    # a policy that is its own reference gathers its weights in FP8, another model does not (model/reference.py)
+    model = config.model if config.reference.path is None else replace(config.model, fp8_param_gather=False)
+    digest = reference_digest(weights, store.digest, precision(model))
     per_pass = groups_per_pass(config)
     column = stored_column(store, digest, context)
     is_known = known_groups(column, stream)[groups]

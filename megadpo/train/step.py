@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadpo.data.batch import PackedBatch
 from megadpo.errors import NumericsError
-from megadpo.model.fp8_emulation import amaxes_noted
+from megadpo.model.fp8_emulation import amaxes_noted, remember_amaxes
 from megadpo.model.head import Asked, HeadOutput
 from megadpo.objectives import Objective, Outcome, Sequences, across
 from megadpo.parallel.context import ParallelContext
@@ -70,7 +70,7 @@ def train_step(
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    with amaxes_noted(state.chunks, context):
+    with amaxes_noted(state.chunks):
         results = run_schedule(state.chunks, batches, on_last_stage, context, forward_only=False, asked=asked)
     before_update()
     sums = read(total(results, objective, context) if totals is None else totals, objective, context)
@@ -81,6 +81,7 @@ def train_step(
         raise NotFiniteError(f"step {state.step + 1}: the gradient norm is {grad_norm}")
     state.until_free()
     clip_and_update(state.optimizer, grad_norm)
+    remember_amaxes(state.chunks, context)
     state.step += 1
     state.consumed += sums.groups
     return sums, grad_norm

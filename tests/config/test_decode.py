@@ -179,6 +179,8 @@ MISTAKES_OF_FP8 = [
     ("fp8_format: e4m3, first_last_layers_bf16: true, num_layers_at_start_in_bf16: -1", "", "num_layers_at_start_in_bf16 = -1: must be at least 0"),
     ("fp8_format: hybrid, dtype: float32", "", "model.dtype = float32: model.fp8_format needs bfloat16"),
     ("fp8_format: hybrid, fp8_emulation: true, fp8_param_gather: true", "", "model.fp8_param_gather = true: not with model.fp8_emulation"),
+    ("fp8_format: hybrid, fp8_recipe: delayed, fp8_param_gather: true", "", "model.fp8_param_gather = true: not with model.fp8_recipe = delayed"),
+    ("fp8_format: hybrid, fp8_emulation: true", "reference: {mode: resident, fp8_weights: true}\n", "reference.fp8_weights = true: not with model.fp8_emulation"),
     ("fp8_format: hybrid, fp8_param_gather: true", "parallel: {use_distributed_optimizer: false}\n", "needs parallel.use_distributed_optimizer = true"),
     ("fp8_format: hybrid, fp8_recipe: mxfp8, fp8_param_gather: true", "parallel: {overlap_grad_reduce: true, overlap_param_gather: true}\n", "parallel.overlap_param_gather = true: not with model.fp8_param_gather and mxfp8"),
     ("fp8_format: hybrid, fp8_recipe: blockwise", "batch: {micro_batch_tokens: 160}\n", "must be a multiple of 128 for model.fp8_recipe = blockwise"),

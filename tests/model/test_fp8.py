@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from megatron.core.dist_checkpointing import ShardedTensor
 from tiny import random_groups, write_llama
-from train.engine import Case, build
+from train.engine import Case, build, pieces
 
 from megadpo.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megadpo.config.check import row_multiple
@@ -24,11 +25,12 @@ from megadpo.data.packing import Budget
 from megadpo.data.stream import open_streams
 from megadpo.errors import MachineError
 from megadpo.model.build import build_chunks, transformer_config
-from megadpo.model.fp8 import learning_nothing, machine_problem, recipe_problem
+from megadpo.model.fp8 import learning_nothing, machine_problem, precision, recipe_problem
 from megadpo.objectives import DPO
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.parallel.user_buffers import overlap_problem, start_user_buffers
+from megadpo.train.identity import _fp8
 from megadpo.train.optimizer import wrap
 from megadpo.train.passes import score
 from megadpo.train.step import train_step
@@ -173,6 +175,67 @@ def test_without_transformer_engine_the_page_that_helps_is_named(monkeypatch: py
     monkeypatch.setattr(mcore_fixes, "have_te", lambda: False)
     line = machine_problem(FP8, torch.device("cuda"))
     assert "needs Transformer Engine, which is not installed: docs/install.md" in str(line)
+
+
+# ---- what GPU tests compare by
+
+
+class Wrapper(torch.Tensor):
+    """Holds its numbers elsewhere, as Transformer Engine's FP8 tensors do; every one's address is 0."""
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> "Wrapper":
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype)
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default, func
+        return cls(args[0].numbers)
+
+
+def test_parameters_without_an_address_are_told_apart() -> None:
+    """Each tensor gets its own parameter's numbers."""
+    weights = {name: torch.nn.Parameter(Wrapper(torch.full((2, 3), value))) for name, value in (("a", 1.0), ("b", 2.0))}
+    assert {weight.data_ptr() for weight in weights.values()} == {0}
+    entries = {n: ShardedTensor.from_rank_offsets(n, weight) for n, weight in weights.items()}
+    module = SimpleNamespace(parameters=weights.values, sharded_state_dict=lambda metadata: entries)
+    found = pieces(SimpleNamespace(modules=[module]), lambda p: p.detach().numbers)  # type: ignore[arg-type]
+    assert {name: piece.data[0, 0].item() for name, piece in found.items()} == {"a": 1, "b": 2}
+
+
+# ---- what is not the same run, and not the same column
+
+
+def test_what_decides_the_weights_is_part_of_whose_run_it_is() -> None:
+    """A run file that goes on with other layers in bf16, or with weights in FP8, is refused; emulated or not is left
+    to the machine."""
+    plain = ModelConfig("m", fp8_format="hybrid")
+    ends = replace(plain, first_last_layers_bf16=True)
+    others = [
+        ModelConfig("m"),
+        replace(plain, fp8_format="e4m3"),
+        replace(plain, fp8_recipe="mxfp8"),
+        replace(plain, fp8_param_gather=True),
+        ends,
+        replace(ends, num_layers_at_start_in_bf16=2),
+        replace(ends, num_layers_at_end_in_bf16=2),
+    ]
+    told = [_fp8(model).get("model.fp8") for model in [plain, *others]]
+    assert len(set(told)) == len(told), told
+    assert _fp8(replace(plain, fp8_emulation=True)) == _fp8(plain)
+
+
+def test_columns_of_another_precision_are_told_apart() -> None:
+    """What passes without a gradient compute in, weights gathered in FP8 included."""
+    plain = ModelConfig("m", fp8_format="hybrid", fp8_recipe="blockwise")
+    gathered = replace(plain, fp8_param_gather=True)
+    bf16 = ModelConfig("m")
+    assert len({precision(model) for model in (plain, gathered, bf16, replace(plain, fp8_emulation=True))}) == 4
+    assert precision(replace(plain, fp8_format="e4m3")) == precision(plain)
+    assert precision(replace(plain, fp8_recipe="delayed")) == precision(bf16)
 
 
 # ---- where FP8 is on

@@ -135,6 +135,21 @@ def test_recipes(kind: Any) -> None:
                 same(got, slow_blocks(x, kind, recipe, high, wide))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_are_nearest_quotients(kind: Any) -> None:
+    """Over many largest numbers, alone too: the float32 nearest to the quotient, as numpy divides. A reciprocal times
+    the format's largest number is off by one place for a quarter of them."""
+    rng = np.random.default_rng(0)
+    amax = (rng.uniform(1, 2, 100_000) * 2.0 ** rng.integers(-100, 120, 100_000)).astype(np.float32)
+    most = np.float32(float(NUMBERS[kind][-1]))
+    for some in (amax, torch.from_numpy(amax).bfloat16().float().numpy()):
+        assert np.array_equal(scale_of(torch.from_numpy(some), kind).numpy(), most / some)
+        for one in some[:200]:
+            assert scale_of(torch.tensor(one), kind).item() == most / one
+    reciprocal = most * (np.float32(1) / amax)
+    assert (reciprocal != most / amax).mean() > 0.1, "these numbers would not show it"
+
+
 def test_extremes_of_scales() -> None:
     """What Transformer Engine's compute_scale_from_amax and float_to_e8m0 do at the ends."""
     most = torch.finfo(torch.float32).max

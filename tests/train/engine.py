@@ -113,21 +113,22 @@ def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
 
 def pieces(state: TrainState, tensor_of: Any) -> dict[str, Piece]:
     """tensor_of(parameter) for every parameter here, under its global name; gate and up apart."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     found = {}
     for module in state.modules:
-        by_data = {p.data_ptr(): p for p in module.parameters()}
+        # by identity: a tensor subclass, as Transformer Engine's FP8 weights are, has no address of its own
+        parameters = {id(p): p for p in module.parameters()}
+        missing = set(parameters)
         for entry in module.sharded_state_dict(metadata={"singleton_local_shards": True}).values():
-            if isinstance(entry, ShardedTensorFactory):
-                entry = replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))
-                parts = entry.build()
-            elif isinstance(entry, ShardedTensor) and entry.data.data_ptr() in by_data:  # no buffer
-                parts = [replace(entry, data=tensor_of(by_data[entry.data.data_ptr()]).to(entry.data.dtype))]
-            else:
+            parameter = parameters.get(id(getattr(entry, "data", None)))
+            if parameter is None:  # a buffer
                 continue
-            for part in parts:
+            missing.discard(id(parameter))
+            entry = replace(entry, data=tensor_of(parameter).to(parameter.dtype))
+            for part in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
                 found[part.key] = Piece(part.global_shape, part.global_offset, part.data.detach().float().clone())
+        assert not missing, "parameters without a place in a checkpoint"
     return found
 
 

@@ -14,10 +14,12 @@ from distributed import run_ranks
 from tiny import random_groups, write_llama
 
 from megadpo.cli import main
+from megadpo.config import Config, DataConfig, ModelConfig, TrainConfig
 from megadpo.data.packing import Budget
+from megadpo.errors import NumericsError
 from megadpo.model.fp8 import without_fp8
 from megadpo.parallel.context import grid
-from megadpo.train.drift import Drift, _nothing_noted, margins, measure, probe_groups
+from megadpo.train.drift import Drift, DriftWatch, _nothing_noted, margins, measure, probe_groups
 from megadpo.train.passes import score
 from train.engine import Case, build
 
@@ -163,10 +165,78 @@ def test_the_limit_stops_it(tmp_path: Path, shared: Path, capfd: pytest.CaptureF
     assert "step 0: FP8 moves log-probabilities by" in said
     assert "train.fp8_drift_limit = 0.0001" in said
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+    [start] = records(tmp_path)
+    assert start["fp8/token_drift"] > 1e-4, "what was over the limit can be looked up"
     # A learning rate that does the model no good: the drift grows from 0.10 to 0.19 in one step.
     broken = ["optimizer.learning_rate=0.02", "train.fp8_drift_limit=0.14", "train.fp8_probe_steps=1"]
     assert main(["train", str(path), *broken, "train.save_steps=1"]) == 3
     said = "".join(capfd.readouterr())
     assert "step 1: FP8 moves log-probabilities by" in said
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
-    assert [r["step"] for r in records(tmp_path)] == [0]
+    first, last = records(tmp_path)
+    assert (first["step"], last["step"]) == (0, 1), "the start's record stands once, though there were two starts"
+    assert first == start
+    assert last["fp8/token_drift"] > 0.14
+    assert last["loss"] > 0
+
+
+class Told:
+    """A log's lines and records."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.line, self.step = self.lines.append, self.records.append
+
+
+def watch_of(step: int, limit: float | None = None, **model: Any) -> DriftWatch:
+    """At this step, of a model that drifts by 0.3; nothing is computed."""
+    train = TrainConfig(fp8_probe_steps=1, fp8_drift_limit=limit)
+    config = Config("r", ModelConfig("m", fp8_format="hybrid", **model), DataConfig(("d",)), train=train)
+    stream = SimpleNamespace(store=range(8))
+    watch = DriftWatch(SimpleNamespace(step=step), stream, config, None, 1, lambda: None)  # type: ignore[arg-type]
+    watch._measured = lambda: Drift(0.3, 1.0, 2.0, None)  # type: ignore[method-assign]
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("step", "model", "measured"),
+    [
+        (0, {"fp8_recipe": "delayed"}, False),
+        (5, {"fp8_recipe": "delayed"}, False),
+        (0, {"fp8_recipe": "delayed", "fp8_emulation": True}, False),
+        (5, {"fp8_recipe": "delayed", "fp8_emulation": True}, True),
+        (0, {"fp8_recipe": "tensorwise"}, True),
+        (5, {"fp8_recipe": "tensorwise"}, True),
+    ],
+)
+def test_a_start_without_scales_is_not_measured(step: int, model: dict[str, Any], measured: bool) -> None:
+    """Transformer Engine's delayed scales are in no checkpoint, the emulation's are: a limit must not stop a resumed
+    run for scales that it has not yet learnt again."""
+    log = Told()
+    watch_of(step, **model).at_start(log)
+    [line] = log.lines
+    assert ("0.3 nats per token" in line) == measured
+    assert [record["step"] for record in log.records] == ([0] if measured and step == 0 else [])
+    if not measured:
+        watch_of(step, limit=0.1, **model).at_start(log)
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        ({}, True),
+        ({"fp8_recipe": "delayed", "fp8_emulation": True}, False),
+        ({"first_last_layers_bf16": True}, False),
+    ],
+)
+def test_what_helps_against_drift_is_possible(model: dict[str, Any], remedy: bool) -> None:
+    watch, log = watch_of(3, limit=0.2, **model), Told()
+    with pytest.raises(NumericsError) as caught:
+        watch.log_step(log, {"step": 3})
+    assert [record["fp8/token_drift"] for record in log.records] == [0.3]
+    assert ("first_last_layers_bf16" in str(caught.value)) == remedy
+    assert "take another model.fp8_recipe, or raise the limit" in str(caught.value)
+    watch_of(3, limit=0.4, **model).log_step(log, {"step": 3})
+    with pytest.raises(NumericsError):
+        watch.check(Drift(float("nan"), 0, 0, None))

@@ -19,7 +19,7 @@ from megadpo.model.fp8_emulation import Operands, rounded_layers
 from megadpo.parallel.context import grid
 from megadpo.train.score import score_groups
 from megadpo.train.state import TrainState
-from megadpo.train.step import train_step
+from megadpo.train.step import NotFiniteError, train_step
 from train.engine import Case, assemble, build, run, worst
 
 VOCAB = 67
@@ -144,6 +144,10 @@ def remembered(device: torch.device, case: Case) -> dict[str, Any]:
         note("one step")
         score_groups(state.modules, stream, everything, 8, context, lambda done: None)
         note("scored again")
+        bad = stream.batches(everything, context.data_rank, np.full_like(column, np.nan))
+        with pytest.raises(NotFiniteError):
+            train_step(state, bad, case.objective, None, context)
+        note("left out")
         train_step(state, batches, case.objective, None, context)
         note("two steps")
         return found
@@ -158,6 +162,7 @@ def test_only_steps_are_remembered(base: Case) -> None:
         assert (found["one step"][:, 0] > 0).all()
         assert not found["one step"][:, 1:].any()
         assert torch.equal(found["scored again"], found["one step"])
+        assert torch.equal(found["left out"], found["one step"]), "a step without an update is none"
         assert torch.equal(found["two steps"][:, 1], found["one step"][:, 0])
         assert not torch.equal(found["two steps"][:, 0], found["two steps"][:, 1])
     for one, two in (results[:2], results[2:]):
