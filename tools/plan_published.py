@@ -169,8 +169,9 @@ def config_of(case: Case, folder: Path) -> Config:
 def row(case: Case, folder: Path) -> str:
     config = config_of(case, folder)
     data = Assumed(1_000_000, case.responses, prompt=1, response=case.sequence - 1, spread=0)
-    lengths = assumed(data, case.sequence, share=False, scalar=False)
-    space = Space(config, read_shapes(config, 1), GPUS[case.gpu], case.gpus, lengths.longest)
+    shapes = read_shapes(config, 1)
+    lengths = assumed(data, case.sequence, share=False, shape=shapes.policy)
+    space = Space(config, shapes, GPUS[case.gpu], case.gpus, lengths.longest)
     tensor, pipeline, chunks = case.grid
     replicas = case.gpus // tensor // pipeline
     candidate = Candidate(
