@@ -137,15 +137,21 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="instead: walk one step of one rank of the run file's own grid"
     )
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="with --dry-run: which, from 0; 0")
+    parser.add_argument("--rank", type=int, metavar="R", help="with --dry-run: which, from 0; 0")
     parser.add_argument("--price", type=_positive(float), metavar="P", help="of one GPU for one hour: adds the cost")
-    parser.add_argument("--top", type=_positive(int), default=15, metavar="N", help="rows of the table; 15")
+    parser.add_argument("--top", type=_positive(int), metavar="N", help="rows of the table; 15")
     parser.add_argument("--all", action="store_true", help="every grid, and every way to run it")
     parser.add_argument("--groups", type=_positive(int), metavar="N", help="groups (pairs) of the data")
     for what in ("prompt", "response"):
         parser.add_argument(
             f"--{what}-tokens", type=_positive(float), metavar="N", help=f"mean tokens of a {what}; lengths are spread"
         )
+    parser.add_argument(
+        "--spread",
+        type=_at_least_zero,
+        metavar="S",
+        help="standard deviation of the logarithm of lengths (0.7; 0: all alike)",
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.add_argument("--svg", metavar="FILE", help="also write a picture")
 
@@ -294,8 +300,13 @@ def _plan(options: argparse.Namespace) -> int:
     from megadpo.plan import command, picture, report
     from megadpo.plan.profile import rank_numbers
 
-    rows = None if options.all else options.top
-    data = (options.groups, options.prompt_tokens, options.response_tokens)
+    dry = "without --dry-run, which looks at one rank of the run file's own grid"
+    for name, without in (("svg", dry), ("price", dry), ("top", dry), ("all", dry), ("rank", "with --dry-run")):
+        given = getattr(options, name)
+        if given is not None and given is not False and options.dry_run == (without == dry):
+            raise ConfigError(f"--{name}: only goes {without}; leave it out")
+    rows = None if options.all else options.top or 15
+    data = (options.groups, options.prompt_tokens, options.response_tokens, options.spread)
     request = command.Request(options.gpus, options.gpu or "", options.price, rows, *data)
     if options.dry_run:
         return _dry_run(options, request)
@@ -313,7 +324,7 @@ def _plan(options: argparse.Namespace) -> int:
 def _dry_run(options: argparse.Namespace, request: Request) -> int:
     from megadpo.plan.dry_command import dry_run
 
-    found = dry_run(_config(options), request, options.rank)
+    found = dry_run(_config(options), request, options.rank or 0)
     print(json.dumps(found.as_json(), indent=1) if options.json else "\n".join(found.lines()))
     return 0
 

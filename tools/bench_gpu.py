@@ -169,6 +169,7 @@ def predicted(row: Row, size: Size, folder: Path, gpu: str | None, run: Run) -> 
         return None
     file = write_run_file(folder, size, row.layers)
     lengths = ["--prompt-tokens", str(size.prompt), "--response-tokens", str(size.response)]
+    lengths += ["--spread", str(size.spread)]
     arguments = ["plan", str(file), *row.overrides, "--gpus", "1", "--gpu", gpu, "--all", "--json", *lengths]
     done = run([sys.executable, "-m", "megadpo.cli", *arguments])
     if not done.stdout.lstrip().startswith("{"):

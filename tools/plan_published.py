@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from megadpo.observe.gpus import GIB, GPUS
 from megadpo.observe.quiet import quiet
 from megadpo.plan.grids import Candidate, Space
 from megadpo.plan.profile import rank_numbers
-from megadpo.plan.search import Search
+from megadpo.plan.search import Search, usable
+from megadpo.plan.time import Estimate
 from megadpo.plan.workload import Assumed, assumed
 from megadpo.train.inputs import read_shapes
 
@@ -81,7 +82,8 @@ class Case:
     fp8: bool = False
     shown: str = "speed"
     """speed, seconds or memory: what the published figure is about."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+    """Published tokens per second and GPU, where there are any."""
 
 
 SLOWER = (
@@ -100,11 +102,11 @@ SAME_ENGINE = (
 CASES = (
     Case(
         OPEN_INSTRUCT, "DPO, 16k packed, 16-way FSDP, bs 32", "22.5 % MFU, 5282 tok/s/GPU, 6.19 s", "OLMo2-7B",
-        "h100-80gb", 16, (1, 1, None), 16, 16385, 32768, SLOWER, recompute="full",
+        "h100-80gb", 16, (1, 1, None), 16, 16385, 32768, SLOWER, recompute="full", rate=5282,
     ),
     Case(
         "open-instruct pull request 1467", "the same with TP2", "16.9 % MFU, 3926 tok/s/GPU, 3.88 s", "OLMo2-7B",
-        "h100-80gb", 16, (2, 1, None), 8, 16385, 32768, SLOWER, recompute="full",
+        "h100-80gb", 16, (2, 1, None), 8, 16385, 32768, SLOWER, recompute="full", rate=3926,
     ),
     Case(
         NEMO_RL, "8B DPO, TP2 PP2, 2048, 256 pairs", "< 6.7 s/step", "Llama-3.1-8B", "h100-80gb", 32, (2, 2, None), 256,
@@ -126,23 +128,23 @@ CASES = (
     ),
     Case(
         BRIDGE, "8B pre-training, FP8 current scaling, FSDP", "14451 tok/s/GPU", "Llama-3.1-8B", "h100-80gb", 8,
-        (1, 1, None), 128, 8193, 8192, SAME_ENGINE, responses=1, fp8=True,
+        (1, 1, None), 128, 8193, 8192, SAME_ENGINE, responses=1, fp8=True, rate=14451,
     ),
     Case(
         BRIDGE, "8B pre-training, FP8 current scaling", "30624 tok/s/GPU", "Llama-3.1-8B", "b200", 8, (1, 1, None), 128,
-        8193, 16384, SAME_ENGINE, responses=1, fp8=True,
+        8193, 16384, SAME_ENGINE, responses=1, fp8=True, rate=30624,
     ),
     Case(
         BRIDGE, "70B pre-training, FP8 current scaling, TP4 PP8 VP5", "1602 tok/s/GPU", "Llama-3-70B", "h100-80gb", 64,
-        (4, 8, 5), 128, 8193, 8192, SAME_ENGINE, responses=1, fp8=True,
+        (4, 8, 5), 128, 8193, 8192, SAME_ENGINE, responses=1, fp8=True, rate=1602,
     ),
     Case(
         NEMO, "7B pre-training, FP8", "16934 tok/s/GPU", "Llama-2-7B", "h100-80gb", 8, (1, 1, None), 128, 4097, 4096,
-        SAME_ENGINE, responses=1, fp8=True,
+        SAME_ENGINE, responses=1, fp8=True, rate=16934,
     ),
     Case(
         NEMO, "70B pre-training, FP8, TP4 PP4 VP20", "1728 tok/s/GPU", "Llama-2-70B", "h100-80gb", 64, (4, 4, 20), 128,
-        4097, 4096, SAME_ENGINE, responses=1, fp8=True,
+        4097, 4096, SAME_ENGINE, responses=1, fp8=True, rate=1728,
     ),
 )  # fmt: skip
 
@@ -169,8 +171,9 @@ def config_of(case: Case, folder: Path) -> Config:
 def row(case: Case, folder: Path) -> str:
     config = config_of(case, folder)
     data = Assumed(1_000_000, case.responses, prompt=1, response=case.sequence - 1, spread=0)
-    lengths = assumed(data, case.sequence, share=False, scalar=False)
-    space = Space(config, read_shapes(config, 1), GPUS[case.gpu], case.gpus, lengths.longest)
+    shapes = read_shapes(config, 1)
+    lengths = assumed(data, case.sequence, share=False, shape=shapes.policy)
+    space = Space(config, shapes, GPUS[case.gpu], case.gpus, lengths.longest)
     tensor, pipeline, chunks = case.grid
     replicas = case.gpus // tensor // pipeline
     candidate = Candidate(
@@ -178,12 +181,21 @@ def row(case: Case, folder: Path) -> str:
     )
     search = Search(space, lengths, rank_numbers)
     how, done = search.estimate(candidate), search.work(candidate)
-    memory = search.fullest(candidate).memory.total / GIB
+    held = search.fullest(candidate).memory.total
+    memory = held / GIB
     grid = f"TP{tensor} PP{pipeline}{f' VP{chunks}' if chunks else ''} DP{replicas}"
     said = f"{how.update:.2f} s, {how.tokens_per_second_per_gpu:.0f} tok/s/GPU, {100 * how.mfu:.1f} % MFU"
     main = {"speed": said, "seconds": said, "memory": f"{memory:.0f} GiB ({said} on {case.gpu})"}[case.shown]
     setup = f"{case.gpus} x {case.gpu}, {grid}, {done.micro_batches} x {case.tokens} rows, recompute {case.recompute}"
-    return f"| {case.source} | {case.what} | {case.published} | {main} | {setup}, {memory:.0f} GiB | {case.why} |"
+    setup += f", {memory:.0f} GiB" + ("" if held <= usable(space.gpu) else ": **does not fit**")
+    ours = "-" if case.rate is None else f"{100 * published_mfu(case.rate, how):.1f} %"
+    return f"| {case.source} | {case.what} | {case.published} | {ours} | {main} | {setup} | {case.why} |"
+
+
+def published_mfu(rate: float, how: Estimate) -> float:
+    """Of a published speed (tokens per second and GPU) by the formula of the estimate: speed x FLOPs of a token / peak.
+    FLOPs of a token over the peak is the estimate's MFU over its own speed."""
+    return rate * how.mfu / how.tokens_per_second_per_gpu
 
 
 def report() -> str:
@@ -197,11 +209,13 @@ def report() -> str:
                 "Written by `python tools/plan_published.py --write`. The published figures are their authors'; the",
                 "estimates are the planner's for megadpo on the same model, GPUs, grid and rows, no padding. Neither",
                 "was measured by us, and no constant (`megadpo/plan/constants.py`) was fitted to this table. MFU is 3",
-                "forward passes over the peak of bfloat16, also in FP8; others count otherwise. GiB are megadpo's,",
-                "which has no FSDP, with FP8 counted as bfloat16; over the device's memory it would not start there.",
+                "forward passes over the peak of bfloat16, also in FP8; others count otherwise, so the fourth column",
+                "has the published speed in our formula: tok/s/GPU x FLOPs of a token as taken here / peak; - where no",
+                "speed was published. Compare that one with the estimate. GiB are megadpo's, which has no FSDP, with",
+                "FP8 counted as bfloat16; what does not fit is a time and no run: it would not start there.",
                 "",
-                "| source | run | published | estimated | taken as | why they differ |",
-                "|---|---|---|---|---|---|",
+                "| source | run | published | published, our MFU | estimated | taken as | why they differ |",
+                "|---|---|---|---|---|---|---|",
                 *rows,
             ]
         )

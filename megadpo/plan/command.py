@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megadpo.config import Config, ParallelConfig
+from megadpo.convert.shape import ModelShape
 from megadpo.data.kinds import wanted
 from megadpo.data.prepare import prepared
 from megadpo.errors import ConfigError, MegadpoError
 from megadpo.objectives.kinds import kind_of
 from megadpo.plan import constants as c
 from megadpo.plan import gpu_option
-from megadpo.plan.grids import Space, without_fp8
+from megadpo.plan.grids import Space
 from megadpo.plan.report import Report, of_the_model
 from megadpo.plan.search import Count, Search
 from megadpo.plan.workload import Assumed, Lengths, assumed, of_store
@@ -31,6 +32,7 @@ class Request:
     groups: int | None = None
     prompt_tokens: float | None = None
     response_tokens: float | None = None
+    spread: float | None = None
 
 
 def plan(config: Config, request: Request, count: Count) -> Report:
@@ -38,11 +40,12 @@ def plan(config: Config, request: Request, count: Count) -> Report:
     gpu = gpu_option.parse_gpu(request.gpu)
     # The run file's own grid is not looked at: the search makes its own. The reference's mode is searched over, too.
     bare = replace(config, parallel=_without_sizes(config.parallel))
-    lengths, assumptions = data_of(config, request)
-    space = Space(bare, read_shapes(bare, 1), gpu, request.gpus, lengths.longest)
+    shapes = read_shapes(bare, 1)
+    lengths, assumptions = data_of(config, request, shapes.policy)
+    space = Space(bare, shapes, gpu, request.gpus, lengths.longest)
     found = Search(space, lengths, count).run(every=request.rows is None, confirmed=request.rows or 15)
-    if without_fp8(config.model) != config.model:
-        assumptions.append("memory as in bfloat16: Transformer Engine, which knows FP8's copies, is not installed here")
+    if config.model.real_fp8:
+        assumptions.append("memory as in bfloat16: FP8's copies of weights and activations are not counted")
     said = (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
     return Report(space, found, said, request.price, request.rows)
 
@@ -56,30 +59,33 @@ def _without_sizes(parallel: ParallelConfig) -> ParallelConfig:
     )
 
 
-def data_of(config: Config, request: Request) -> tuple[Lengths, list[str]]:
+def data_of(config: Config, request: Request, shape: ModelShape) -> tuple[Lengths, list[str]]:
     """Lengths of the run's data where it is prepared and none are given, else assumed; and what to say of it."""
-    share, scalar = config.batch.share_prompt, config.objective.head == "scalar"
+    share = config.batch.share_prompt
     given = (request.groups, request.prompt_tokens, request.response_tokens)
     why = "given"
-    if given == (None, None, None):
-        lengths, why = _from_store(config, share, scalar)
+    if (*given, request.spread) == (None, None, None, None):
+        lengths, why = _from_store(config, share, shape)
         if lengths is not None:
             return lengths, [f"lengths of {lengths.said}"]
     for name, value in zip(("--groups", "--prompt-tokens", "--response-tokens"), given, strict=True):
         if value is not None and not 0 < value < 1e12:
             raise ConfigError(f"{name} {value:g}: must be over 0")
+    if request.spread is not None and not 0 <= request.spread <= 5:
+        raise ConfigError(f"--spread {request.spread:g}: must be 0 (all lengths alike) to 5")
     longest = config.data.max_length
     data = Assumed(
         request.groups or c.ASSUMED_GROUPS,
         {"pairs": 2, "lists": c.ASSUMED_LIST}.get(kind_of(config.objective), 1),
         request.prompt_tokens or min(c.ASSUMED_PROMPT, longest / 4),
         request.response_tokens or min(c.ASSUMED_RESPONSE, longest / 2),
+        c.ASSUMED_SPREAD if request.spread is None else request.spread,
     )
-    lengths = assumed(data, longest, share, scalar, config.batch.micro_batch_tokens)
+    lengths = assumed(data, longest, share, shape, config.batch.micro_batch_tokens)
     return lengths, [f"{lengths.said} ({why})"]
 
 
-def _from_store(config: Config, share: bool, scalar: bool) -> tuple[Lengths | None, str]:
+def _from_store(config: Config, share: bool, shape: ModelShape) -> tuple[Lengths | None, str]:
     """(lengths, nothing) or (None, why there are none). Nothing is downloaded."""
     sources = config.data.train
     if not all(Path(source).expanduser().exists() for source in sources):
@@ -90,4 +96,4 @@ def _from_store(config: Config, share: bool, scalar: bool) -> tuple[Lengths | No
         return None, f"the data cannot be read: {error}"
     if store is None:
         return None, "the data is not prepared yet: `megadpo prepare`"
-    return of_store(store, share, scalar), ""
+    return of_store(store, share, shape), ""

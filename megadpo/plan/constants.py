@@ -77,12 +77,14 @@ HOST_BANDWIDTH = 50e9
 
 # ---- head
 
-HEAD_FORWARD_PASSES = 2
-"""Forward products of the head in a step of training: logits are computed again in the backward pass where they are not
-kept (kernels/README.md, kept logits)."""
 HEAD_TRAFFIC_BYTES = 20
 """Per logit, forward and backward: float32 logits written and read by the row operations (kernels/README.md).
 Counted."""
+
+# ---- software
+
+CUDA = "12.9"
+"""That torch on the planned machine was built with: the oldest that has every FP8 recipe. Assumed."""
 
 # ---- step
 

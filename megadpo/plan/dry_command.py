@@ -13,6 +13,7 @@ from megadpo.plan.command import Request, data_of
 from megadpo.plan.counts import without_te
 from megadpo.plan.dry_run import Walk, walk
 from megadpo.plan.even import Load
+from megadpo.plan.grids import check_gpus
 from megadpo.plan.profile import Place
 from megadpo.plan.workload import Lengths, work
 from megadpo.train.inputs import read_shapes
@@ -69,11 +70,12 @@ class DryRun:
 def dry_run(config: Config, request: Request, rank: int) -> DryRun:
     """Raises ConfigError and ModelError."""
     world = request.gpus
+    check_gpus(world)
     shapes = read_shapes(config, world)
     if not 0 <= rank < world:
         raise ConfigError(f"--rank {rank}: {world} GPUs have the ranks 0 to {world - 1}")
     place = Place.of(config, world, rank)
-    lengths, assumptions = data_of(config, request)
+    lengths, assumptions = data_of(config, request, shapes.policy)
     if without_te(config) != config:
         assumptions = [
             *assumptions,

@@ -19,6 +19,7 @@ KEYS = {
     "link": "link_bandwidth",
     "network": "network_bandwidth",
     "per_node": "per_node",
+    "capability": "capability",
 }
 """As written -> field of Gpu."""
 REQUIRED = ("memory", "bf16")
@@ -40,7 +41,7 @@ def parse_gpu(text: str) -> Gpu:
     meant = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
         f"--gpu {text}: is not known; {meant}There are {', '.join(GPUS)}; or give numbers, such as "
-        "--gpu memory=80GiB,bf16=989e12,fp8=1979e12,bandwidth=3.35e12,link=450e9,network=50e9,per_node=8"
+        "--gpu memory=80GiB,bf16=989e12,fp8=1979e12,bandwidth=3.35e12,link=450e9,network=50e9,per_node=8,capability=9.0"
     )
 
 
@@ -58,6 +59,9 @@ def _in_numbers(text: str) -> Gpu:
         raise ConfigError(f"--gpu {text}: {' and '.join(missing)} missing (bytes as 80GiB or 80e9, FLOP/s as 989e12)")
     fields: dict[str, Any] = {KEYS[key]: value for key, value in given.items()}
     fields |= {name: int(fields[name]) for name in ("memory", "per_node") if name in fields}
+    if "capability" in given:
+        major, _, minor = f"{given['capability']:.1f}".partition(".")
+        fields["capability"] = (int(major), int(minor))
     return replace(BASE, name="custom", **({"fp8_flops": None} | fields))
 
 
@@ -66,7 +70,9 @@ def assumed(text: str) -> list[str]:
     if "=" not in text:
         return []
     said = {part.partition("=")[0].strip() for part in text.split(",")}
-    left = [key for key in KEYS if key not in said and key != "fp8"]
+    left = [key for key in KEYS if key not in said and key not in ("fp8", "capability")]
+    if "fp8" in said and "capability" not in said:  # decides about FP8 alone
+        left.append("capability")
     return [f"{', '.join(left)} of the GPU as of {BASE.name}"] if left else []
 
 
@@ -78,4 +84,6 @@ def _number(part: str, value: str) -> float:
         number = 0.0
     if not 0 < number < 1e21:
         raise ConfigError(f"--gpu {part}: must be a number over 0, such as 989e12 or 80GiB")
+    if part.startswith("per_node") and number != int(number):
+        raise ConfigError(f"--gpu {part}: must be a whole number of GPUs, such as 8")
     return number

@@ -14,8 +14,10 @@ from megadpo.config.check import problems
 from megadpo.convert.shape import ModelShape
 from megadpo.errors import ConfigError, MachineError
 from megadpo.model.build import transformer_config
+from megadpo.model.fp8 import recipe_problem
 from megadpo.observe.gpus import Gpu
 from megadpo.parallel.mcore_fixes import have_te
+from megadpo.plan import constants as c
 from megadpo.train.inputs import Shapes, grid_problems
 
 TOKENS = (2048, 4096, 8192, 16384, 32768)
@@ -104,8 +106,7 @@ class Rejected:
 
 def check_space(space: Space) -> None:
     """Raise ConfigError for what no grid can mend."""
-    if space.gpus < 1:
-        raise ConfigError(f"--gpus {space.gpus}: must be at least 1")
+    check_gpus(space.gpus)
     per_node = space.gpu.per_node
     if space.gpus > per_node and space.gpus % per_node:
         near = space.gpus // per_node * per_node
@@ -114,8 +115,21 @@ def check_space(space: Space) -> None:
             f"{near} or {near + per_node}; say --gpu ...,per_node=N for other nodes"
         )
     model = space.config.model
+    if model.dtype != "bfloat16":
+        raise ConfigError(
+            f"model.dtype = {model.dtype}: the planner knows the speed of bfloat16 and FP8 only; set bfloat16, or ask "
+            "for one rank's memory with --dry-run"
+        )
     if model.real_fp8 and space.gpu.fp8_flops is None:
         raise ConfigError(f"model.fp8_format = {model.fp8_format}: {space.gpu.name} has no FP8; leave it out")
+    problem = recipe_problem(model.fp8_recipe, space.gpu.capability, c.CUDA) if model.real_fp8 else None
+    if problem:
+        raise ConfigError(f"--gpu {space.gpu.name}: {problem}")
+
+
+def check_gpus(gpus: int) -> None:
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: must be at least 1")
 
 
 def candidates(space: Space) -> Iterator[Candidate]:

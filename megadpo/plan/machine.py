@@ -87,8 +87,7 @@ def wire(gpu: Gpu, ranks: int, stride: int, world: int) -> Wire:
     Over nodes, NCCL runs a ring over each NIC; a group with several ranks in a node has as many NICs, up to what the
     links within the node carry. (tensor groups: stride 1; data: tensor size; pipeline: tensor x data.)
     """
-    per_node = min(gpu.per_node, world)
-    inside = min(max(per_node // stride, 1), ranks)  # of the group, in one node
+    inside = ranks if world <= gpu.per_node else min(max(gpu.per_node // stride, 1), ranks)  # of the group, in one node
     nodes = -(-ranks // inside)
     link = gpu.link_bandwidth * c.LINK_SHARE
     if nodes == 1:

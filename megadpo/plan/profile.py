@@ -177,7 +177,7 @@ class Chunk:
 
 def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool, int, bool, bool], Stage]) -> Chunk:
     """short: measures a stage, given whether its layers have experts, how many, with the embedding, with the head."""
-    layers = _layers(shape, place, virtual)
+    layers = layers_of(shape, place.stage, place.stages, virtual, place.virtual)
     # the last layer is the one whose backward pass runs while all others' activations are there
     ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual))
     more = Counter(layers[:-1])
@@ -194,17 +194,17 @@ def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool,
     )
 
 
-def _layers(shape: ModelShape, place: Place, virtual: int) -> list[bool]:
-    """Of every layer of the chunk, whether it has experts."""
-    sizes = stage_layers(shape.num_layers, place.stages * place.virtual)
-    at = virtual * place.stages + place.stage
+def layers_of(shape: ModelShape, stage: int, stages: int, chunk: int, chunks: int) -> list[bool]:
+    """Of every layer of one of a pipeline rank's chunks, whether it has experts."""
+    sizes = stage_layers(shape.num_layers, stages * chunks)
+    at = chunk * stages + stage
     first = sum(sizes[:at])
     return [shape.experts is not None and shape.experts.layers[layer] for layer in range(first, first + sizes[at])]
 
 
 def _frozen_bytes(shape: ModelShape, place: Place, virtual: int, short: Callable[..., Frozen]) -> int:
     """Of a chunk of a model that is not trained. short: as for `_chunk`."""
-    layers = _layers(shape, place, virtual)
+    layers = layers_of(shape, place.stage, place.stages, virtual, place.virtual)
     ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual)).ends
     return ends + sum(short(experts, 1, False, False).layer for experts in layers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from megadpo.config import Config
@@ -12,6 +12,7 @@ from megadpo.observe.gpus import GIB, Gpu
 from megadpo.plan import constants as c
 from megadpo.plan.grids import Candidate, Rejected, Space, candidates, check_space, reasons, token_budgets, without_fp8
 from megadpo.plan.numbers import Memory, RankNumbers
+from megadpo.plan.profile import layers_of
 from megadpo.plan.time import Estimate, Situation, estimate
 from megadpo.plan.workload import Lengths, Work, work
 from megadpo.train.loop import run_length
@@ -82,7 +83,8 @@ class Search:
     lengths: Lengths
     count: Count
     _works: dict[tuple[int, int, int], Work] = field(default_factory=dict)
-    _numbers: dict[tuple[Candidate, int, int], RankNumbers] = field(default_factory=dict)
+    _numbers: dict[tuple[Candidate, int, int, bool], RankNumbers] = field(default_factory=dict)
+    _kinds: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     _estimates: dict[Candidate, Estimate] = field(default_factory=dict)
 
     def run(self, every: bool = False, confirmed: int = 15) -> Found:
@@ -145,7 +147,7 @@ class Search:
                 kept.append(plan)
                 done.add(ways)
                 continue
-            stages = _stages_to_count(plan.candidate.pipeline)
+            stages = self._stages_to_count(plan.candidate)
             counted = [self._counted(plan.candidate, plan.candidate.tokens, stage) for stage in stages]
             memory = max((one.memory for one in counted), key=lambda one: one.total)
             if memory.total > room:
@@ -157,7 +159,7 @@ class Search:
 
     def fullest(self, candidate: Candidate, in_flight: int | None = None) -> RankNumbers:
         """Of the rank that has most in its memory. in_flight: micro-batches of a step, where not the real number."""
-        found = [self.numbers(candidate, stage, in_flight) for stage in _stages_to_count(candidate.pipeline)]
+        found = [self.numbers(candidate, stage, in_flight) for stage in self._stages_to_count(candidate)]
         return max(found, key=lambda one: one.memory.total)
 
     @property
@@ -179,12 +181,15 @@ class Search:
             )
         return self._works[key]
 
-    def numbers(self, candidate: Candidate, stage: int, in_flight: int | None = None) -> RankNumbers:
+    def numbers(
+        self, candidate: Candidate, stage: int, in_flight: int | None = None, of_reference: bool = False
+    ) -> RankNumbers:
         """Of the first rank of a pipeline stage: counted at the shortest micro-batch that is looked at, and scaled, as
-        everything that depends on its length is proportional to it (but the logits, which are no more than that)."""
+        everything that depends on its length is proportional to it (but the logits, which are no more than that).
+        of_reference: as if the reference's shape were trained."""
         shortest = self._shortest(candidate)
         counted = self._counted(
-            replace(candidate, tokens=shortest), shortest, stage, in_flight or self._count(candidate)
+            replace(candidate, tokens=shortest), shortest, stage, in_flight or self._count(candidate), of_reference
         )
         return _scaled(counted, candidate.tokens / shortest)
 
@@ -194,16 +199,43 @@ class Search:
     def _count(self, candidate: Candidate) -> int:
         return self.work(candidate).micro_batches
 
-    def _counted(self, candidate: Candidate, tokens: int, stage: int, micro_batches: int | None = None) -> RankNumbers:
+    def _kind(self, candidate: Candidate) -> list[int]:
+        """Of every pipeline stage, the first that has its layers, experts and ends."""
+        stages, chunks, shapes = candidate.pipeline, candidate.virtual or 1, self.space.shapes
+        if (stages, chunks) not in self._kinds:
+            first: dict[tuple[object, ...], int] = {}
+            found = []
+            for stage in range(stages):
+                layers = [
+                    tuple(layers_of(shape, stage, stages, chunk, chunks))
+                    for shape in (shapes.policy, shapes.reference)
+                    for chunk in range(chunks)
+                ]
+                found.append(first.setdefault((stage == 0, stage == stages - 1, *layers), stage))
+            self._kinds[stages, chunks] = found
+        return self._kinds[stages, chunks]
+
+    def _stages_to_count(self, candidate: Candidate) -> list[int]:
+        """The first of each kind: later ones have no more micro-batches in flight."""
+        return sorted(set(self._kind(candidate)))
+
+    def _counted(
+        self,
+        candidate: Candidate,
+        tokens: int,
+        stage: int,
+        micro_batches: int | None = None,
+        of_reference: bool = False,
+    ) -> RankNumbers:
         """At a micro-batch length that is full: the fullest one decides the memory."""
         count = micro_batches or self._count(candidate)
-        key = (candidate, stage, count)
+        key = (candidate, stage, count, of_reference)
         if key not in self._numbers:
             shapes = self.space.shapes
             scored = tokens * self.lengths.scored_G.sum() / self.lengths.rows_G.sum()
             given = candidate.applied(self.space.config)
             self._numbers[key] = self.count(
-                shapes.policy,
+                shapes.reference if of_reference else shapes.policy,
                 replace(given, model=without_fp8(given.model)),
                 self.space.gpus,
                 stage * candidate.tensor * candidate.data,  # ranks go tensor, data, pipeline
@@ -218,13 +250,16 @@ class Search:
     def estimate(self, candidate: Candidate) -> Estimate:
         # A reference in memory or in a column: the passes of the policy are the same.
         if candidate not in self._estimates:
-            self._estimates[candidate] = estimate(self.situation(candidate), self._of_training(candidate))
+            policy = self._of_training(candidate)
+            alike = self.space.shapes.reference is self.space.shapes.policy
+            reference = policy if alike else self._of_training(candidate, of_reference=True)
+            self._estimates[candidate] = estimate(self.situation(candidate), policy, reference)
         return self._estimates[candidate]
 
-    def _of_training(self, candidate: Candidate) -> Mapping[int, RankNumbers]:
-        """What is sent in the policy's own passes: that of a run without a reference in it."""
+    def _of_training(self, candidate: Candidate, of_reference: bool = False) -> list[RankNumbers]:
+        """What every stage sends in the policy's own passes: that of a run without a reference in it."""
         alone = replace(candidate, reference="precomputed")
-        return {stage: self.numbers(alone, stage) for stage in _stages_to_count(candidate.pipeline)}
+        return [self.numbers(alone, stage, of_reference=of_reference) for stage in self._kind(candidate)]
 
     def situation(self, candidate: Candidate) -> Situation:
         config, shapes = self.space.config, self.space.shapes
@@ -282,11 +317,6 @@ def _scaled(numbers: RankNumbers, factor: float) -> RankNumbers:
             for one in numbers.collectives
         ),
     )
-
-
-def _stages_to_count(pipeline: int) -> list[int]:
-    """The first, the last, and one between: the others are like that one or have less."""
-    return sorted({0, min(1, pipeline - 1), pipeline - 1})
 
 
 def does_not_fit(memory: Memory, room: int) -> str:

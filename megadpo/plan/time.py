@@ -111,7 +111,8 @@ class Situation:
         tensor, expert = self.grid.tensor, self.grid.expert
         pipeline = tensor * self.replicas
         strides = {"data": tensor, "expert data": expert if expert > 1 else tensor, "pipeline": pipeline}
-        stride = (strides | {"embedding": pipeline}).get(group, 1)
+        strides["embedding"] = (self.stages - 1) * pipeline  # the first stage and the last
+        stride = strides.get(group, 1)
         return wire(self.gpu, ranks, stride, self.gpus)
 
 
@@ -129,9 +130,8 @@ class _Stage:
     backward: float
 
 
-def estimate(situation: Situation, numbers: Mapping[int, RankNumbers]) -> Estimate:
-    """numbers: of a rank of every pipeline stage, by stage; stages that are left out are like the one before."""
-    every = _filled(numbers, situation.stages)
+def estimate(situation: Situation, every: Sequence[RankNumbers], reference: Sequence[RankNumbers]) -> Estimate:
+    """every: of a rank of every pipeline stage, without a reference. reference: the same of its shape."""
     stages = _stages(situation, every)
     timeline = _run(situation, stages, forward_only=False)
     rank = max(range(situation.stages), key=lambda r: timeline.busy[r])
@@ -143,7 +143,7 @@ def estimate(situation: Situation, numbers: Mapping[int, RankNumbers]) -> Estima
 
     forward = _run(situation, stages, forward_only=True).length
     optimizer = max(_optimizer(situation, stage) for stage in every)
-    in_step, before = _reference(situation, every, optimizer)
+    in_step, before = _reference(situation, reference, optimizer)
     extra = _extra_passes(situation) * forward
     parts = Parts(
         layers=of("layers"),
@@ -160,23 +160,20 @@ def estimate(situation: Situation, numbers: Mapping[int, RankNumbers]) -> Estima
     )
     update = parts.total - before
     work, replicas = situation.work, situation.replicas
-    flops = forward_flops(situation.shape).forward(work.mean_rows, work.mean_area, work.mean_scored)
-    every_flops = TRAINING * flops * count * replicas
     return Estimate(
         parts,
         update,
-        mfu=every_flops / (update * situation.gpus * situation.gpu.bf16_flops),
+        mfu=model_flops(situation) / (update * situation.gpus * situation.gpu.bf16_flops),
         pairs_per_second=situation.config.batch.global_batch_size / update,
         tokens_per_second_per_gpu=work.mean_rows * count * replicas / update / situation.gpus,
     )
 
 
-def _filled(numbers: Mapping[int, RankNumbers], stages: int) -> list[RankNumbers]:
-    """Of every stage."""
-    found: list[RankNumbers] = []
-    for stage in range(stages):
-        found.append(numbers[stage] if stage in numbers else found[-1])
-    return found
+def model_flops(situation: Situation) -> float:
+    """Operations of a step, over all ranks, that MFU counts: those of the log (train/speed.py, Meter.useful)."""
+    work = situation.work
+    one = forward_flops(situation.shape).forward(work.useful_rows, work.useful_area, work.mean_scored)
+    return TRAINING * one * work.micro_batches * situation.replicas
 
 
 def _run(situation: Situation, stages: Sequence[_Stage], forward_only: bool) -> Timeline:
@@ -319,7 +316,7 @@ def _optimizer(situation: Situation, numbers: RankNumbers) -> float:
 def _reference(situation: Situation, numbers: Sequence[RankNumbers], optimizer: float) -> tuple[float, float]:
     """Seconds of a step that the reference's pass takes: inside the step, and its share of a pass before training.
 
-    optimizer: seconds of the update, beside which a swapped reference is copied to the device.
+    numbers: of its own shape. optimizer: seconds of the update, beside which a swapped one is copied to the device.
     """
     if not situation.config.objective.needs_reference:
         return 0.0, 0.0

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import attention_area, stream_tokens
 from megadpo.data.packing import Budget, deal
 from megadpo.data.store import GroupStore
+from megadpo.model.flops import attended_pairs
 from megadpo.plan import constants
 
 SAMPLED_GROUPS = 1024
@@ -27,6 +29,10 @@ class Lengths:
     """float64: pairs of rows of which one attends to the other."""
     scored_G: np.ndarray
     """int64: rows that meet the head."""
+    useful_rows_G: np.ndarray
+    """int64: rows with each prompt once, whether it stands once or not: what MFU counts."""
+    useful_area_G: np.ndarray
+    """float64: attended pairs of those, inside a window where a layer has one; the mean over the layers."""
     longest: int
     """Rows of the longest group of the data set."""
     said: str
@@ -42,8 +48,8 @@ class _Store:
     offsets: np.ndarray
 
 
-def of_store(store: GroupStore, share: bool, scalar: bool) -> Lengths:
-    return _lengths(store, len(store), share, scalar, f"{store.folder} ({len(store)} groups)")
+def of_store(store: GroupStore, share: bool, shape: ModelShape) -> Lengths:
+    return _lengths(store, len(store), share, shape, f"{store.folder} ({len(store)} groups)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Assumed:
 
 
 def assumed(
-    data: Assumed, max_length: int, share: bool, scalar: bool, most_rows: int | None = None, sample: int = 4096
+    data: Assumed, max_length: int, share: bool, shape: ModelShape, most_rows: int | None = None, sample: int = 4096
 ) -> Lengths:
     """A sample of such data, cut so that prompt + response fit `max_length`, the prompt first, as data.truncation_mode
     keep_end does, and that a group takes at most `most_rows` rows.
@@ -88,7 +94,7 @@ def assumed(
     if most_rows is not None:
         prompts_G = np.minimum(prompts_G, np.maximum((most_rows - answers_GS.sum(axis=1)) // copies, 1))
     store = _Store(prompts_G, answers_GS.reshape(-1), np.arange(sample + 1) * data.responses)
-    found = _lengths(store, data.groups, share, scalar, data.text(max_length))
+    found = _lengths(store, data.groups, share, shape, data.text(max_length))
     if not data.spread:
         return found
     # Among many groups there are some with nothing but responses as long as they may be.
@@ -96,14 +102,17 @@ def assumed(
     return replace(found, longest=longest if most_rows is None else min(longest, most_rows))
 
 
-def _lengths(store: GroupStore | _Store, groups: int, share: bool, scalar: bool, said: str) -> Lengths:
+def _lengths(store: GroupStore | _Store, groups: int, share: bool, shape: ModelShape, said: str) -> Lengths:
+    scalar = shape.head != "vocabulary"
     prompts = len(store.prompt_lengths)
     group_S = np.repeat(np.arange(prompts), np.diff(store.offsets))
     tokens_G = np.bincount(group_S, store.response_lengths, prompts).astype(np.int64)
     scored_G = np.diff(store.offsets) if scalar else tokens_G
     rows_G = stream_tokens(store, share, scalar)  # type: ignore[arg-type]
     area_G = attention_area(store, share, scalar)  # type: ignore[arg-type]
-    return Lengths(groups, rows_G, area_G, scored_G, int(rows_G.max()), said)
+    once_G = stream_tokens(store, scalar=scalar)  # type: ignore[arg-type]
+    pairs_G = attended_pairs(shape, store)  # type: ignore[arg-type]
+    return Lengths(groups, rows_G, area_G, scored_G, once_G, pairs_G, int(rows_G.max()), said)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,9 @@ class Work:
     mean_rows: float
     mean_area: float
     mean_scored: float
+    useful_rows: float
+    """On average; see Lengths."""
+    useful_area: float
     most_area: float
     most_scored: float
 
@@ -145,8 +157,10 @@ def work(
         shares = [np.array([group for bin_ in part for group in bin_], dtype=np.int64) for part in dealt]
         area = [float(area_G[share].sum()) for share in shares]
         scored = [float(scored_G[share].sum()) for share in shares]
-        found.append((len(dealt[0]), rows_G.sum() / ranks, np.mean(area), np.mean(scored), max(area), max(scored)))
-    bins, *sums = np.mean(np.array(found, dtype=np.float64), axis=0).tolist()
+        sums = (rows_G.sum(), area_G.sum(), scored_G.sum())
+        useful = (lengths.useful_rows_G[groups].sum(), lengths.useful_area_G[groups].sum())
+        found.append((len(dealt[0]), *(each / ranks for each in (*sums, *useful)), max(area), max(scored)))
+    bins, *means = np.mean(np.array(found, dtype=np.float64), axis=0).tolist()
     count = -(-round(bins) // multiple) * multiple
-    rows, area, scored, most_area, most_scored = (value / count for value in sums)
-    return Work(count, tokens, min(rows, tokens), area, scored, most_area, most_scored)
+    rows, *others = (value / count for value in means)
+    return Work(count, tokens, min(rows, tokens), *others)

@@ -39,9 +39,10 @@ def config(folder: Path, model: str | Path = "llama3.1-8b", **sections: dict[str
 
 
 def search(given: Config, gpus: int, gpu: str | Gpu = "h100-80gb", spread: float = 0.5) -> Search:
-    lengths = assumed(Assumed(10_000, 2, 200, 300, spread), given.data.max_length, given.batch.share_prompt, False)
+    shapes, share = read_shapes(given, 1), given.batch.share_prompt
+    lengths = assumed(Assumed(10_000, 2, 200, 300, spread), given.data.max_length, share, shapes.policy)
     device = GPUS[gpu] if isinstance(gpu, str) else gpu
-    return Search(Space(given, read_shapes(given, 1), device, gpus, lengths.longest), lengths, count)
+    return Search(Space(given, shapes, device, gpus, lengths.longest), lengths, count)
 
 
 BASE = Candidate(1, 1, None, 8, 1, False, 8192, "none", "precomputed")

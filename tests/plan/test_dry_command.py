@@ -44,6 +44,12 @@ def test_a_rank_is_described(run_file: str, capsys: pytest.CaptureFixture[str]) 
         (["--dry-run", "--gpus", "8", "--rank", "8"], "--rank 8: 8 GPUs have the ranks 0 to 7"),
         (["--dry-run", "--gpus", "6", *GRID], "6"),
         (["--gpus", "8"], "--gpu is not given"),
+        (["--dry-run", "--gpus", "-8"], "--gpus -8: must be at least 1"),
+        (["--dry-run", "--gpus", "8", "--svg", "x.svg"], "--svg: only goes without --dry-run"),
+        (["--dry-run", "--gpus", "8", "--price", "2"], "--price: only goes without --dry-run"),
+        (["--dry-run", "--gpus", "8", "--top", "15"], "--top: only goes without --dry-run"),
+        (["--dry-run", "--gpus", "8", "--all"], "--all: only goes without --dry-run"),
+        (["--gpus", "8", "--gpu", "h200", "--rank", "0"], "--rank: only goes with --dry-run"),
     ],
 )
 def test_mistakes_are_one_line(run_file: str, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,18 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from counted import count
 from situations import candidate, config, search, with_experts
 
+from megadpo.config import Config
 from megadpo.config.decode import load_config, to_yaml
+from megadpo.convert.shape import ModelShape
 from megadpo.errors import ConfigError
 from megadpo.model.build import padded_vocab
 from megadpo.observe.gpus import GIB, GPUS
-from megadpo.plan.grids import Candidate, candidates, modes, reasons
+from megadpo.plan.grids import Candidate, candidates, check_space, modes, reasons
+from megadpo.plan.numbers import RankNumbers
+from megadpo.plan.profile import layers_of
 from megadpo.plan.search import Found, Plan, Search, usable
-from megadpo.train.inputs import read_shapes
+from megadpo.train.inputs import Shapes, read_shapes
 
 
 def said_by_a_run(one: Candidate, found: Search, folder: Path) -> set[str]:
@@ -171,3 +176,49 @@ def test_worlds_that_cannot_be(tmp_path: Path) -> None:
     fp8 = replace(given, model=replace(given.model, fp8_format="hybrid"))
     with pytest.raises(ConfigError, match="a100-80gb has no FP8"):
         search(fp8, 8, "a100-80gb").run()
+    float32 = replace(given, model=replace(given.model, dtype="float32"))
+    with pytest.raises(ConfigError, match="float32: the planner knows the speed of bfloat16 and FP8 only"):
+        search(float32, 8).run()
+
+
+def test_recipes_that_the_gpu_has_not(tmp_path: Path) -> None:
+    """In the words of a run (model/fp8.py)."""
+    given = config(tmp_path)
+    fp8 = {
+        recipe: replace(given, model=replace(given.model, fp8_format="e4m3", fp8_recipe=recipe))
+        for recipe in ("mxfp8", "blockwise", "tensorwise")
+    }
+    with pytest.raises(ConfigError, match=r"h100-80gb: model.fp8_recipe = mxfp8: needs compute capability 10.x"):
+        check_space(search(fp8["mxfp8"], 8).space)
+    check_space(search(fp8["mxfp8"], 8, "b200").space)
+    check_space(search(fp8["blockwise"], 8, "h100-80gb").space)
+    ada = replace(GPUS["h100-80gb"], name="custom", capability=(8, 9))
+    with pytest.raises(ConfigError, match=r"blockwise: needs compute capability 9\.0"):
+        check_space(search(fp8["blockwise"], 8, ada).space)
+    check_space(search(fp8["tensorwise"], 8, ada).space)
+    with pytest.raises(ConfigError, match=r"FP8 needs compute capability 8\.9"):
+        check_space(search(fp8["tensorwise"], 8, replace(ada, capability=(8, 0))).space)
+
+
+def test_a_stage_in_the_middle_can_be_the_fullest(tmp_path: Path) -> None:
+    """Dense layers first, then experts: stages 2 and 3 have most, neither an end nor the one beside it."""
+    found = search(config(tmp_path, with_experts(tmp_path)), 64)
+    experts = found.space.shapes.policy.experts
+    assert experts is not None
+    layers = (False,) * 3 + (True,) * 58
+    shape = replace(found.space.shapes.policy, num_layers=61, experts=replace(experts, layers=layers))
+
+    def heavy(shape: ModelShape, config: Config, world: int, rank: int, *rest: Any) -> RankNumbers:
+        plain = count(shape, config, world, rank, *rest)
+        here = [layer for chunk in range(4) for layer in layers_of(shape, plain.stage, 8, chunk, 4)]
+        return replace(plain, memory=replace(plain.memory, weights=GIB * (10 * sum(here) + len(here))))
+
+    whole = Search(replace(found.space, shapes=Shapes(shape, shape)), found.lengths, heavy)
+    one = candidate(pipeline=8, virtual=4, expert=8, tokens=4096)
+    every = [whole.numbers(one, stage) for stage in range(8)]
+    fullest = whole.fullest(one)
+    assert fullest == max(every, key=lambda numbers: numbers.memory.total)
+    assert fullest.stage == 2
+    # what the time is made of: a stage that is not counted is taken from one of its own kind
+    for said, numbers in zip(whole._of_training(one), every, strict=True):
+        assert said.memory.weights == numbers.memory.weights

@@ -1,6 +1,7 @@
 """`megadpo plan` as its user sees it: table, JSON, picture, settings; lengths of the data; mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,12 +15,16 @@ from tiny import random_groups
 
 from megadpo import cli
 from megadpo.config.decode import load_config
+from megadpo.convert.families import read_shape
 from megadpo.errors import ConfigError
 from megadpo.observe.gpus import GIB, GPUS
 from megadpo.plan import command, picture, report
 from megadpo.plan.gpu_option import assumed as gpu_assumed
 from megadpo.plan.gpu_option import parse_gpu
+from megadpo.plan.search import Found
 from megadpo.plan.workload import Assumed, assumed, of_store, work
+
+SHAPE = read_shape(SHAPES / "llama3.1-8b")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,8 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert tree["grids"][0]["steps"] == 32
     assert "prompts of 100 and responses of 350 tokens on average" in tree["assumptions"][0]
     ElementTree.parse(target)
+    assert cli.main([*arguments, "--json", "--spread", "0.3"]) == 0
+    assert "spread 0.3" in json.loads(capsys.readouterr().out)["assumptions"][0]
     assert cli.main(["plan", path, "--gpus", "8", "--gpu", "h300"]) == 2
     assert "did you mean h200?" in capsys.readouterr().err
     assert cli.main(["plan", path, "--gpus", "8", "--gpu", "memory=1GiB,bf16=1e12", "--top", "3"]) == 1
@@ -143,6 +150,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("memory=80GiB,bf16=-1", "must be a number over 0"),
         ("memory=80GiB,bf61=1e15", "did you mean bf16"),
         ("memory=80GiB,,bf16=1e15", "Numbers are memory="),
+        ("memory=80GiB,bf16=1e15,per_node=0.5", "per_node=0.5: must be a whole number of GPUs"),
     ],
 )
 def test_gpus_that_are_none(text: str, said: str) -> None:
@@ -162,29 +170,36 @@ def test_gpus() -> None:
         "bandwidth, link of the GPU as of h100-80gb" in gpu_assumed("memory=96GiB,bf16=5e14,network=1e11,per_node=4")[0]
     )
     assert parse_gpu("memory=80e9,bf16=1e15").memory == 80_000_000_000
+    assert parse_gpu("memory=96GiB,bf16=5e14,fp8=1e15,capability=8.9").capability == (8, 9)
+    assert (
+        "capability of the GPU as of"
+        in gpu_assumed("memory=1GiB,bf16=1,fp8=1,bandwidth=1,link=1,network=1,per_node=1")[0]
+    )
 
 
 def test_bad_data_flags(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--spread 9: must be 0"):
+        command.data_of(config(tmp_path), command.Request(8, "h100-80gb", spread=9), SHAPE)
     with pytest.raises(ConfigError, match="--prompt-tokens -3: must be over 0"):
-        command.data_of(config(tmp_path), command.Request(8, "h100-80gb", prompt_tokens=-3))
+        command.data_of(config(tmp_path), command.Request(8, "h100-80gb", prompt_tokens=-3), SHAPE)
 
 
 def test_assumed_lengths() -> None:
     data = Assumed(5000, 2, 200, 300)
-    lengths = assumed(data, 100_000, share=True, scalar=False)
+    lengths = assumed(data, 100_000, share=True, shape=SHAPE)
     assert lengths.groups == 5000
     assert lengths.rows_G.mean() == pytest.approx(200 - 1 + 2 * 300, rel=0.03)
     assert lengths.scored_G.mean() == pytest.approx(600, rel=0.03)
-    assert assumed(data, 100_000, share=False, scalar=False).rows_G.mean() == pytest.approx(2 * 199 + 600, rel=0.03)
-    cut = assumed(data, 512, share=True, scalar=False, most_rows=700)
+    assert assumed(data, 100_000, share=False, shape=SHAPE).rows_G.mean() == pytest.approx(2 * 199 + 600, rel=0.03)
+    cut = assumed(data, 512, share=True, shape=SHAPE, most_rows=700)
     assert cut.longest <= 700
-    flat = assumed(Assumed(10, 2, 200, 300, 0.0), 1024, share=True, scalar=False)
+    flat = assumed(Assumed(10, 2, 200, 300, 0.0), 1024, share=True, shape=SHAPE)
     assert set(flat.rows_G) == {799}
 
 
 def test_lengths_of_a_store() -> None:
     store = random_groups(200)
-    lengths = of_store(store, share=True, scalar=False)
+    lengths = of_store(store, share=True, shape=SHAPE)
     assert lengths.groups == 200
     assert int(lengths.scored_G.sum()) == int(store.response_lengths.sum())
     done = work(lengths, 64, 2, 64, None, 1, 0.01)
@@ -196,7 +211,7 @@ def test_lengths_of_a_store() -> None:
 
 def test_work_has_all_rows() -> None:
     """Rows, padding included, are those of the streams; nothing is lost where ranks have nothing to do."""
-    lengths = assumed(Assumed(100, 2, 50, 50, 0.0), 512, share=True, scalar=False)
+    lengths = assumed(Assumed(100, 2, 50, 50, 0.0), 512, share=True, shape=SHAPE)
     done = work(lengths, 4, 16, 1024, None, 1, 0.0)
     assert done.micro_batches == 1
     assert done.mean_rows == pytest.approx(4 * 149 / 16)
@@ -211,16 +226,29 @@ def test_prepared_data_is_looked_at(shared: Path, tmp_path: Path) -> None:
     sections = {"data": {"train": str(shared / "data" / "stories_pairs_train.jsonl"), "cache_dir": str(tmp_path)}}
     given = config(tmp_path, shared / "models" / "stories260k", **sections)
     request = command.Request(8, "h100-80gb")
-    _, before = command.data_of(given, request)
+    _, before = command.data_of(given, request, SHAPE)
     assert "not prepared yet" in before[0]
     store = prepare(given.data.train, given.data, given.model.path, wanted(given), given.batch)
-    lengths, after = command.data_of(given, request)
+    lengths, after = command.data_of(given, request, SHAPE)
     assert lengths.groups == len(store)
     assert str(store.folder) in after[0]
-    _, asked = command.data_of(given, command.Request(8, "h100-80gb", groups=7))
+    _, asked = command.data_of(given, command.Request(8, "h100-80gb", groups=7), SHAPE)
     assert "7 groups" in asked[0]
 
 
 def test_shapes_are_config_json_only() -> None:
     for folder in SHAPES.iterdir():
         assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+
+def test_fp8s_memory_is_said_to_be_bfloat16s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Transformer Engine or without: neither counts what FP8 keeps."""
+    request = command.Request(8, "h100-80gb", rows=1)
+    for there in (True, False):
+        monkeypatch.setattr("megadpo.plan.grids.have_te", lambda there=there: there)
+        monkeypatch.setattr(command.Search, "run", lambda self, **more: Found((), (), 0, 0))
+        for fp8 in (None, "hybrid"):
+            given = config(tmp_path)
+            given = replace(given, model=replace(given.model, fp8_format=fp8))
+            said = command.plan(given, request, counted.count).assumptions
+            assert any("memory as in bfloat16" in line for line in said) == (fp8 is not None)

@@ -4,17 +4,26 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from counted import count
 from situations import candidate, config, search, with_experts
+from tiny import random_groups
 
+from megadpo.convert.shape import Window
+from megadpo.data.packing import Budget
+from megadpo.data.stream import Stream
 from megadpo.model.flops import forward_flops
 from megadpo.observe.gpus import GPUS
 from megadpo.plan import constants
 from megadpo.plan.grids import Candidate
 from megadpo.plan.layers import Grid, linear_products
 from megadpo.plan.machine import Device, wire
-from megadpo.plan.time import Estimate
-from megadpo.train.inputs import read_shapes
+from megadpo.plan.search import Search
+from megadpo.plan.time import Estimate, model_flops
+from megadpo.plan.workload import of_store
+from megadpo.train.inputs import Shapes, read_shapes
+from megadpo.train.speed import Meter
 
 ON = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
@@ -165,3 +174,60 @@ def test_wires() -> None:
     whole = wire(gpu, 64, 1, 64)  # eight NICs a node
     assert whole.bandwidth == pytest.approx(min(8 * between.bandwidth, inside.bandwidth))
     assert wire(gpu, 1, 1, 8).seconds("all_reduce", 3, size) == 0
+
+
+def test_a_reference_of_another_size_is_timed_with_its_own_numbers(tmp_path: Path) -> None:
+    given = config(tmp_path, reference={"mode": "swapped", "swap_steps": 1})
+    found = search(given, 8)
+    policy = found.space.shapes.policy
+    large = replace(policy, num_layers=2 * policy.num_layers)
+    mixed, alike = (
+        Search(replace(found.space, shapes=shapes), found.lengths, count)
+        for shapes in (Shapes(policy, large), Shapes(large, large))
+    )
+    resident, swapped = (candidate(tensor=2, data=4, sequence=True, reference=mode) for mode in ("resident", "swapped"))
+    alone = alike.estimate(resident).parts.reference
+    assert mixed.estimate(resident).parts.reference == pytest.approx(alone)
+    copied = (
+        alike.numbers(resident, 0).memory.weights / constants.HOST_BANDWIDTH - mixed.estimate(swapped).parts.optimizer
+    )
+    assert copied > 0
+    assert mixed.estimate(swapped).parts.reference == pytest.approx(alone + copied)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("window", [None, Window(5, (True, True, False, True) * 8)])
+def test_operations_are_the_logs(tmp_path: Path, share: bool, window: Window | None) -> None:
+    """MFU here is what the log will say of the same data: every layout, layers with a window or without."""
+    given = config(tmp_path, batch={"global_batch_size": 8, "share_prompt": share})
+    shape = replace(read_shapes(given, 1).policy, window=window)
+    store = random_groups(40)
+    meter = Meter(shape, Stream(store, Budget(64), 2, 1, share=share), 2, None)
+    lengths = of_store(store, share, shape)
+    flops = forward_flops(shape)
+    ours_G = flops.forward(1, 0, 0) * lengths.useful_rows_G + flops.forward(0, 1, 0) * lengths.useful_area_G
+    assert ours_G == pytest.approx(meter.useful_G)
+    # of one group many times, so that it does not matter which are drawn; several micro-batches on two ranks
+    alike = replace(
+        lengths,
+        **{name: np.repeat(value[:1], 40) for name, value in vars(lengths).items() if name.endswith("_G")},
+    )
+    found = search(given, 2)
+    found = Search(replace(found.space, shapes=Shapes(shape, shape)), alike, count)
+    one = candidate(data=2, tokens=2 * int(lengths.rows_G[0]))
+    situation = found.situation(one)
+    assert situation.work.micro_batches > 1
+    useful = meter.useful([0] * 8, 8 * int(lengths.scored_G[0]))
+    assert model_flops(situation) == pytest.approx(useful)
+    how = found.estimate(one)
+    assert how.mfu * how.update * 2 * found.space.gpu.bf16_flops == pytest.approx(useful)
+
+
+def test_ends_of_the_pipeline_stand_far_apart(tmp_path: Path) -> None:
+    """Four stages of two ranks are a node of eight: the first and the last share it; of eight stages they do not."""
+    found = search(config(tmp_path), 8)
+    assert found.situation(candidate(pipeline=4, data=2)).wire("embedding", 2).nodes == 1
+    wide = search(config(tmp_path), 16)
+    situation = wide.situation(candidate(pipeline=8, data=2))
+    assert situation.wire("embedding", 2).nodes == 2  # ranks 0 and 14
+    assert situation.wire("pipeline", 2).nodes == 1

@@ -84,8 +84,14 @@ def test_a_prediction_is_that_of_the_same_setting(tmp_path: Path) -> None:
         return {"grid": grid, "update_seconds": seconds, "mfu": 0.5, "memory": {"total": 7.0}}
 
     plans = [plan(8192, "resident", 1.0), plan(4096, "precomputed", 2.0), plan(4096, "resident", 3.0)]
-    run = answered(json.dumps({"grids": plans}))
+    asked: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"grids": plans}), "")
+
     found = bench_gpu.predicted(row, bench_gpu.LLAMA_8B, tmp_path, "h200", run)
+    assert asked[0][asked[0].index("--spread") + 1] == str(bench_gpu.LLAMA_8B.spread)
     assert found == {"seconds": 3.0, "mfu": 0.5, "bytes": 7.0}
     assert bench_gpu.predicted(row, bench_gpu.LLAMA_8B, tmp_path, "h200", answered("", 2)) is None
     assert bench_gpu.predicted(row, bench_gpu.LLAMA_8B, tmp_path, None, run) is None
