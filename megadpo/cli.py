@@ -301,7 +301,8 @@ def _plan(options: argparse.Namespace) -> int:
     from megadpo.plan.profile import rank_numbers
 
     dry = "without --dry-run, which looks at one rank of the run file's own grid"
-    for name, without in (("svg", dry), ("price", dry), ("top", dry), ("all", dry), ("rank", "with --dry-run")):
+    alone = {name: dry for name in ("gpu", "svg", "price", "top", "all")}
+    for name, without in {**alone, "rank": "with --dry-run"}.items():
         given = getattr(options, name)
         if given is not None and given is not False and options.dry_run == (without == dry):
             raise ConfigError(f"--{name}: only goes {without}; leave it out")

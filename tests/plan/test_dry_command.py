@@ -48,6 +48,7 @@ def test_a_rank_is_described(run_file: str, capsys: pytest.CaptureFixture[str]) 
         (["--dry-run", "--gpus", "8", "--svg", "x.svg"], "--svg: only goes without --dry-run"),
         (["--dry-run", "--gpus", "8", "--price", "2"], "--price: only goes without --dry-run"),
         (["--dry-run", "--gpus", "8", "--top", "15"], "--top: only goes without --dry-run"),
+        (["--dry-run", "--gpus", "8", "--gpu", "h200"], "--gpu: only goes without --dry-run"),
         (["--dry-run", "--gpus", "8", "--all"], "--all: only goes without --dry-run"),
         (["--gpus", "8", "--gpu", "h200", "--rank", "0"], "--rank: only goes with --dry-run"),
     ],
