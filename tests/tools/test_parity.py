@@ -65,6 +65,7 @@ def test_for_real(shared: Path) -> None:
     assert parity.main([*stories, "--data", str(shared / "data" / "stories_pairs_train.jsonl")]) == 0
 
 
+@pytest.mark.slow
 def test_for_real_with_kernels(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two small steps with the head in Triton's interpreter; tools/results/parity.md has more of every back end."""
     pytest.importorskip("triton", reason="Triton is not installed")
