@@ -109,8 +109,9 @@ class Cluster:
         if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
             time.sleep(2)
             self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
-        goes_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED", "NODE_FAIL")
-        return None if job["JobState"] in goes_on else job
+        # states that a requeued job does not leave again; SIGNALING, PREEMPTED, NODE_FAIL and others pass
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
+        return job if job["JobState"] in over else None
 
 
 @dataclass(frozen=True)
