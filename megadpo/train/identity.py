@@ -17,7 +17,8 @@ FILE = "identity.json"
 
 
 def of_run(config: Config, data_digest: str) -> dict[str, Any]:
-    """Settings that decide what the weights mean. Grid, logging and length may change between two starts."""
+    """Settings that decide what the weights and checkpoints mean. Sizes of the grid, logging and length may change
+    between two starts."""
     objective = as_settings(config.objective)
     del objective["loss_type"]
     identity = {
@@ -28,6 +29,8 @@ def of_run(config: Config, data_digest: str) -> dict[str, Any]:
         "train.shuffle": config.train.shuffle,
         "batch.global_batch_size": config.batch.global_batch_size,
         **_fp8(config.model),
+        # without it, optimizer state has another layout in checkpoints
+        "parallel.use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "objective": type(config.objective).__name__,
         **{f"objective.{name}": value for name, value in objective.items()},
     }

@@ -137,6 +137,9 @@ def fit(
                 sums = run_evaluation(state, held_out, chunks, config, context, lambda: watch.slowly("evaluation"))
             log.step({"step": state.step, **_prefixed(sums)})
 
+    def end_of_step() -> bool:
+        return _end_of_step(state, length.steps, saver, held_out_metrics, stop_requested, config, context, watch)
+
     if state.step >= length.steps:
         log.line(f"step {state.step} of {length.steps}: this run has reached its end")
         return True
@@ -152,12 +155,14 @@ def fit(
         groups = portion.groups
         if state.step in left_out:
             _leave_out(state, len(groups), len(train.stream.store), log)
+            stopping = end_of_step()
             continue
         what = (portion.batches, config.objective, portions.resident, context, portion.mismatched, config.seed)
         try:
             sums, grad_norm = train_step(state, *what, partial(portions.prepare, state.consumed + len(groups)))
         except NotFiniteError as error:
             watch.slowly("the search for what is not finite")
+            saver.settle()  # the run may end here, and the steps before were good
             found = culprits(state, *what)
             _decide(error, found, train.stream, state, left_out, config, log)
             left_out.add(state.step)
@@ -179,20 +184,35 @@ def fit(
         )
         if spike := spikes.note(sums.loss):
             log.line(f"WARNING    step {state.step}: {spike}; {_named(groups, train.stream)}")
-        if _due(config.train.eval_steps, state.step) and state.step < length.steps:
-            held_out_metrics()
-        stopping, writing = context.any_of(stop_requested(), saver.writing)
-        if saver.pending and not writing:
-            saver.advance()
-        if _due(config.train.save_steps, state.step) and state.step < length.steps and not stopping:
-            watch.slowly("saving")
-            saver.save()
+        stopping = end_of_step()
     watch.slowly("saving")
     saver.save()
     saver.settle()
     if not stopping:
         held_out_metrics()
     return not stopping
+
+
+def _end_of_step(
+    state: TrainState,
+    steps: int,
+    saver: Saver,
+    held_out_metrics: Callable[[], None],
+    stop_requested: Callable[[], bool],
+    config: Config,
+    context: ParallelContext,
+    watch: Watchdog,
+) -> bool:
+    """Evaluate and save where it is due, after a batch that was left out too; whether to stop."""
+    if _due(config.train.eval_steps, state.step) and state.step < steps:
+        held_out_metrics()
+    stopping, writing = context.any_of(stop_requested(), saver.writing)
+    if saver.pending and not writing:
+        saver.advance()
+    if _due(config.train.save_steps, state.step) and state.step < steps and not stopping:
+        watch.slowly("saving")
+        saver.save()
+    return stopping
 
 
 def portions_of(

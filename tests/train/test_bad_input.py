@@ -134,6 +134,9 @@ def test_a_run_folder_of_another_run(tmp_path: Path, shared: Path, capfd: pytest
     assert main(["train", str(path), "objective.beta=0.3"]) == 2
     error = capfd.readouterr().err
     assert "belongs to another run: its objective.beta is 0.1, this run's is 0.3" in error
+    assert main(["train", str(path), "parallel.use_distributed_optimizer=false"]) == 2
+    error = capfd.readouterr().err
+    assert "its parallel.use_distributed_optimizer is True, this run's is False" in error
     assert error.count("\n") == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
