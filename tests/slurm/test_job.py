@@ -60,6 +60,46 @@ def test_a_mistake_is_not_tried_again(inside: Cluster, tmp_path: Path) -> None:
     assert (status.state, status.exit_code, status.restarts) == ("stopped", 2, 0)
 
 
+def test_numbers_that_are_not_finite_are_not_tried_again(inside: Cluster, tmp_path: Path) -> None:
+    run = launch(tmp_path, "#TRAIN\nend 3; exit 3", "--max-restarts", "2")
+    job = inside.ended(run.number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0")
+    assert run.events() == [("start", None), ("end", 3)]
+
+
+def test_a_signal_is_not_lost_where_saving_fails(inside: Cluster, tmp_path: Path) -> None:
+    """SLURM says it once: after a crash the job must not run into its time limit in the same allocation."""
+    body = """
+    #TRAIN
+    [ "$start" = 2 ] && { [ "$rank" = 0 ] && end 0; exit 0; }
+    [ "$rank" = 0 ] && trap 'end 1; exit 1' USR1
+    sleeping
+    """
+    run = launch(tmp_path, body)
+    running(run)
+    inside.run("scancel", "--batch", "--signal=USR1", run.number)
+    job = inside.ended(run.number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), run.log()
+    assert run.events() == [("start", None), ("end", 1), ("start", None), ("end", 0)]
+
+
+@pytest.mark.slow
+def test_a_signal_is_not_lost_in_the_preflight(inside: Cluster, tmp_path: Path) -> None:
+    body = """
+    preflight() { [ -e "$run/again" ] && exit 0; touch "$run/again"; sleeping; }
+    #TRAIN
+    [ "$rank" = 0 ] && end 0; exit 0
+    """
+    run = launch(tmp_path, body, "--preflight")
+    until("the preflight runs", lambda: (run.folder / "again").exists())
+    time.sleep(1.5)
+    inside.run("scancel", "--batch", "--signal=USR1", run.number)
+    job = inside.ended(run.number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), run.log()
+    assert run.events() == [("start", None), ("end", 0)]
+
+
+@pytest.mark.slow
 def test_failures_are_tried_again_a_few_times(inside: Cluster, tmp_path: Path) -> None:
     """One rank fails and the other would sleep for minutes: srun ends it. No checkpoint comes, so the job gives up."""
     body = '#TRAIN\n[ "$rank" = 0 ] && sleeping; echo "rank $rank fails"; exit 7'
