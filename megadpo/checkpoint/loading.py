@@ -73,7 +73,8 @@ def load_weights(modules: list[Any], folder: Path) -> Saved:
 
 def _fill(state: TrainState, folder: Path) -> Saved:
     saved = read_state(folder)
-    loaded = _read(_sharded(state), folder, "remove it to go on from the checkpoint before it")
+    advice = "it is whole: go on with the settings and the versions that wrote it, or give another run_dir"
+    loaded = _read(_sharded(state), folder, advice)
     for i, module in enumerate(state.modules):
         module.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are not parameters
     state.optimizer.load_state_dict(loaded["optimizer"])

@@ -189,8 +189,9 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints to keep."""
     async_save: bool = False
-    """Write checkpoints in the background: training goes on after a copy in host memory (14 bytes per parameter with
-    bfloat16, over the data-parallel ranks). A failure is told at the next step; the end of the run waits."""
+    """Write checkpoints in the background: training goes on after a copy in host memory (12 bytes per parameter over
+    the data-parallel ranks, and the weights on one of them). A failure is told at the next step; the end of the run
+    waits."""
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     """A loss or gradient that is NaN or infinite never reaches the weights. stop: end the run and name rank and groups.
     skip: go on without that batch's update. rewind: go back to the newest checkpoint and leave that batch out."""

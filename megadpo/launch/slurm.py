@@ -25,9 +25,10 @@ FILES = ("train.sbatch", "env.sh", "preflight.py")
 OURS = (
     *("nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "job-name", "partition", "account"),
     *("time", "qos", "constraint", "output", "error", "open-mode", "requeue", "no-requeue", "signal", "chdir", "wrap"),
-    *("array", "parsable", "export", "wait", "test-only"),
+    *("array", "parsable", "export", "wait", "test-only", "no-kill", "input", "quiet", "help", "version", "usage"),
 )
-"""Options of sbatch that --sbatch may not touch: they have their own option, or the job script counts on them."""
+"""Options of sbatch that --sbatch may not touch: they have their own option, or the job script, or who submits it,
+counts on them. sbatch takes the beginning of a name for the whole."""
 UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 TIME_FORMS = (
     r"(?P<minutes>\d+)",
@@ -173,7 +174,7 @@ def _extra_problems(request: Request) -> list[str]:
         key, _, value = option.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or not value.isprintable():
             found.append(f"--sbatch {option!r}: must be KEY=VALUE with a long option of sbatch, without its dashes")
-        elif key in OURS:
+        elif any(name.startswith(key) for name in OURS):
             found.append(f"--sbatch {option}: {key} is set by megadpo launch; see megadpo launch --help")
     return found
 
@@ -256,6 +257,8 @@ def submit(config: Config, request: Request) -> str:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise MachineError(f"SLURM refuses the job ({said}); change what is asked for. It was: {shlex.join(command)}")
     job = done.stdout.strip().split(";")[0]
+    if not job.isdecimal():
+        raise MachineError(f"sbatch gave no job number but {job[:80]!r}. It was: {shlex.join(command)}")
     write_text(folder / "job", job + "\n")
     return job
 
@@ -307,5 +310,7 @@ def job_state(job: str) -> tuple[str | None, str | None]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER)
     except subprocess.TimeoutExpired:
         return "UNKNOWN", f"squeue gave no answer in {ANSWER} s"
+    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of a job that is long gone
+        return "UNKNOWN", " ".join(done.stderr.split())
     state, bar, where = done.stdout.strip().partition("|")
     return (state, where.strip("()")) if bar else (None, None)

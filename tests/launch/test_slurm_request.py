@@ -55,6 +55,7 @@ CASES = [
     (("--time", "6"), "--time 6: leaves no time to train"),
     (("--max-restarts", "-1"), "--max-restarts -1: must be at least 0"),
     (("--sbatch", "output=x"), "--sbatch output=x: output is set by megadpo launch"),
+    (("--sbatch", "outp=x"), "--sbatch outp=x: outp is set by megadpo launch"),
     (("--sbatch", "Mem=x"), "--sbatch 'Mem=x': must be KEY=VALUE"),
     (("--sbatch", "comment=a\nb"), "must be KEY=VALUE"),
     (("--sbatch=--mem=0",), "must be KEY=VALUE"),
@@ -145,8 +146,15 @@ def test_one_job_per_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     put(tmp_path, "squeue", "echo 'PENDING|(Resources)'")
     assert "job 17 (PENDING) trains in it already" in refused(capsys)
-    put(tmp_path, "squeue", "exit 1")
+    put(tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert "job 17 (UNKNOWN) trains in it already" in refused(capsys), "who cannot be asked may be training"
+    put(tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert cli.main(["launch", "run.yaml"]) == 0
+
+
+def test_without_a_number_nothing_was_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "sbatch", "echo 'Usage: sbatch [OPTIONS...]'")
+    assert "sbatch gave no job number but 'Usage: sbatch [OPTIONS...]'" in refused(capsys)
 
 
 def test_without_slurm_it_trains_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
