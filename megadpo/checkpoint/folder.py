@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -92,11 +93,13 @@ def read_state(folder: Path) -> Saved:
 def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError where manifest.json is missing or does not fit its own checksum."""
     path = folder / MANIFEST
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path}: is no file")
     try:
         found = json.loads(path.read_bytes())
         files = {str(name): Entry(**entry) for name, entry in found["files"].items()}
         checksum = found["sha256"]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if checksum != _checksum(files):
         raise CheckpointError(f"{path}: damaged: its checksum does not fit")
@@ -118,11 +121,14 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     found = []
     for name, entry in manifest.items():
         try:
-            size = (folder / name).stat().st_size
+            status = (folder / name).stat()
         except OSError as error:
             found.append(f"{folder / name}: {error.strerror}")
             continue
-        if size != entry.bytes:
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            found.append(f"{folder / name}: is no file")
+        elif size != entry.bytes:
             found.append(f"{folder / name}: {size} bytes, {entry.bytes} were written")
     found += [f"{folder / name}: not in {MANIFEST}" for name in (STATE,) if name not in manifest]
     if found:

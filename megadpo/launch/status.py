@@ -63,8 +63,8 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     if not any((run_dir / name).exists() for name in ("run.yaml", f"{FOLDER}/run.yaml", "metrics.jsonl")):
         raise CheckpointError(f"{run_dir}: has no run.yaml; give the run_dir of a training run")
     metrics = run_dir / "metrics.jsonl"
-    steps = [record for record in tail(metrics) if "seconds" in record]
-    events = tail(run_dir / FOLDER / "attempts.jsonl")
+    steps = [record for record in tail(metrics) if {"seconds", "step", "epoch"} <= record.keys()]
+    events = [event for event in tail(run_dir / FOLDER / "attempts.jsonl") if {"event", "time", "code"} <= event.keys()]
     starts = [event for event in events if event["event"] == "start"]
     last = steps[-1] if steps else {}
     pace = statistics.median(record["seconds"] for record in steps[-RECENT:]) if steps else None

@@ -15,7 +15,7 @@ from tiny import random_groups, write_llama
 from train.engine import Case, build
 
 from megadpo import checkpoint
-from megadpo.checkpoint.folder import Saved, _checksum, begin, finish, hashed, keep_newest, read_manifest
+from megadpo.checkpoint.folder import Saved, _checksum, begin, damage, finish, hashed, keep_newest, read_manifest
 from megadpo.cli import main
 from megadpo.data.packing import Budget
 from megadpo.errors import CheckpointError
@@ -321,6 +321,24 @@ def leave(device: torch.device, case: Case, folder: Path, place: str) -> str:
 def test_metadata_that_leaves_the_folder(case: Case, run_dir: Path, place: str) -> None:
     [message] = run_ranks(1, leave, case, run_dir / "checkpoints" / "step-00000002", place)
     assert "which is no file of it" in message
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_pipe_is_no_file(tmp_path: Path, name: str) -> None:
+    """Read, it would be waited for without an end."""
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    finish(begin(folder), folder, Saved(1, 1, 10))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert damage(folder) == [f"{folder / name}: is no file"]
+
+
+def test_a_manifest_without_a_bottom(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    finish(begin(folder), folder, Saved(1, 1, 10))
+    (folder / "manifest.json").write_text("[" * 100_000)
+    [line] = damage(folder)
+    assert "manifest.json: cannot be read" in line
 
 
 def test_a_manifest_that_leaves_the_folder(tmp_path: Path) -> None:
