@@ -33,7 +33,7 @@ demo: install
 
 # Two workers (pytest-xdist), a file on one of them: see tests/conftest.py. `pytest` alone runs the same in one process.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 test-gpu: install
 	$(BIN)/python tools/gpu_parts.py
