@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What `make test` deals to its workers: whole files, as their tests share what they build; all of tests/slurm, which
-    has one cluster. (pytest-xdist 3.8's own groups are lost with pytest 9.2, without a word: it writes a node's old id.)"""
+    """What `make test` deals to its workers: whole files, as their tests share what they build; all of tests/slurm,
+    which has one cluster. pytest-xdist 3.8 loses its own groups with pytest 9.2, without a word."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
