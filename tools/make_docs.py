@@ -71,7 +71,7 @@ NEEDS = {
     "scores_S": "a judge's scores",
     "mismatched_kl": "responses to other prompts",
     "policy_N": "the policy's log-probability of each token",
-    "reference_N": "the reference's log-probability of each token (`reference.mode: resident`)",
+    "reference_N": "the reference's log-probability of each token (`reference.mode: resident` or `swapped`)",
     "body_N": "which tokens are formatting",
     "collision_N": "the sum of squared probabilities at each token",
     "kl_N": "the KL to the reference at each token (`reference.mode: resident`, of the policy's vocabulary; keeps the "

@@ -44,10 +44,11 @@ def _objective(config: Config) -> list[str]:
     if found:
         return found  # a mix with a wrong part may not be able to say what it needs
     name, mode = name_of(objective), config.reference.mode
+    or_swapped = "" if "kl_N" in objective.needs else " or swapped"
     if objective.needs & {"reference_N", "kl_N"} and mode == "precomputed":
         found.append(
             f"reference.mode = {mode}: objective.loss_type {name} looks at single tokens and the "
-            "stored column has one number per response; set reference.mode: resident"
+            f"stored column has one number per response; set reference.mode: resident{or_swapped}"
         )
     if "kl_N" in objective.needs and mode == "swapped":
         found.append(

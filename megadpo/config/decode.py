@@ -179,6 +179,7 @@ def _objective(value: Any, path: str, found: list[Problem]) -> Any:
         found.append(Problem(path, text))
         return BAD
     given = value.get("loss_type", DEFAULT_OBJECTIVE)
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given  # as TRL writes it
     name, settings, problem = _loss_type(given, path)
     if problem:
         found.append(Problem(f"{path}.loss_type", f"{path}.loss_type = {_show(given)}: {problem}"))
@@ -191,14 +192,14 @@ def _objective(value: Any, path: str, found: list[Problem]) -> Any:
         if key not in names:
             text = f"{path}.{key}: {given} has no such setting; {_instead(str(key), name, names, path)}"
             found.append(Problem(f"{path}.{key}", text))
-        elif settings.get(key, inner) != inner:
+        elif key in settings and settings[key] != inner:
             text = f"{path}.{key} = {_show(inner)}: loss_type {given} says {settings[key]}; write loss_type: {name}"
             found.append(Problem(f"{path}.{key}", text))
         else:
             settings[key] = inner
     objective = _section(kind, settings, path, found)
     above_0 = ALIASES[_plain_name(given)].above_0 if _plain_name(given) in ALIASES else None
-    if above_0 is not None and getattr(objective, above_0, None) == 0:
+    if above_0 is not None and settings.get(above_0, 0) == 0:
         text = f"{path}.{above_0} = 0: loss_type {given} is {name} with {above_0} over 0; set it, or write {name}"
         found.append(Problem(f"{path}.{above_0}", text))
     return objective

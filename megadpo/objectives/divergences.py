@@ -24,8 +24,8 @@ class FDPO(Pairwise):
 
     Paper: Wang et al. 2023, table 1 (arXiv 2309.16240), constants that cancel left out.
 
-    TRL: f_divergence_type; its coefficient is 1 - a, with 0.5 for default, and its exponents are cut at 80. Here an
-    exponent over 700 goes on as a straight line, so that equal ratios still give log 2.
+    TRL: f_divergence_type; its coefficient is 1 - a, with 0.5 for default, and the alpha divergence's exponents are
+    cut at 80. Here an exponent over 700 goes on as a straight line, so that equal ratios still give log 2.
     """
 
     beta: float = 0.1

@@ -108,7 +108,8 @@ ALIASES: dict[str, Alias] = {
     "rm": Alias("reward", "LLaMA-Factory, ms-swift"),
     "reward_model": Alias("reward", "papers"),
     "bradley_terry": Alias("reward", "papers"),
-    "nll": Alias("sft", "papers"),
+    "nll": Alias("sft", "TRL"),
+    "chunked_nll": Alias("sft", "TRL"),
 }
 
 AMBIGUOUS = {
@@ -121,7 +122,17 @@ AMBIGUOUS = {
     "alphapo": "alphapo (TRL's CPO trainer) shapes SimPO's reward by a power, which is not here, and is not apo: write "
     "simpo, which it is with an alpha of 0",
     "scale": "scale (NeMo-Aligner) is DPO weighted by the judge's margin, which is not here: write odpo or rpo_reward",
-    "ppo": "ppo needs generation during training, which is not here: write dpo or another objective on preference data",
+    **{
+        name: f"{name} needs generation during training, which is not here: write dpo or another objective on pairs"
+        for name in ("ppo", "grpo", "rloo", "online_dpo", "gkd")
+    },
+    "dft": "dft (dynamic fine-tuning) weighs each token's likelihood by its probability, which is not here: write sft "
+    "for the plain one",
+    **{
+        name: f"{name} (triple preference optimisation) wants a third, better response beside each pair, which is not "
+        "here: write simpo, or a mix of simpo and sft"
+        for name in ("tpo", "tpo_l")
+    },
 }
 """Names that mean several things, or something that is not here: what to write instead."""
 
@@ -132,15 +143,19 @@ SETTINGS_ELSEWHERE = {
     "ref_policy_kl_penalty": "beta",
     "dpo_label_smoothing": "label_smoothing",
     "simpo_gamma": "gamma",
-    "cpo_alpha": "alpha",
+    "cpo_alpha": "alpha (beside simpo: loss_type: mix, with parts simpo and sft)",
     "ld_alpha": "alpha of loss_type: ld_dpo",
     "pref_ftx": "alpha of loss_type: dpo_nll",
     "rpo_alpha": "alpha of loss_type: dpo_nll (normalise: tokens for TRL's mean)",
-    "sft_loss_weight": "alpha of loss_type: dpo_nll",
+    "sft_loss_weight": "alpha of loss_type: dpo_nll (normalise: sum, or response with NeMo's sft_average_log_probs)",
+    "sft_average_log_probs": "normalise of loss_type: dpo_nll (response for true, sum for false)",
+    "preference_loss_weight": "weights of loss_type: mix",
+    "sync_ref_model": "nothing: the reference stays as it is; start again from an export to move it",
+    "precompute_ref_log_probs": "reference.mode: precomputed, which is the default",
     "gamma_beta_ratio": "gamma, which is gamma_beta_ratio x beta",
     "gt_reward_scale": "eta",
     "discopop_tau": "tau",
-    "f_divergence_type": "divergence of loss_type: f_dpo",
+    "f_divergence_type": "divergence of loss_type: f_dpo (js for js_divergence, alpha for alpha_divergence)",
     "f_alpha_divergence_coef": "alpha of loss_type: f_dpo, which is 1 - TRL's coefficient",
     "use_weighting": "loss_type: wpo (clamp: false for TRL's form)",
     "loss_weights": "weights of loss_type: mix",

@@ -96,7 +96,8 @@ class BCOUnpaired(Unpaired):
     Paper: Jung et al. 2024 (arXiv 2404.04656). Its d is a running mean over steps; here it is this batch's, exactly.
     Its density-ratio weights for prompts that differ between the two kinds are not here.
 
-    TRL: its BCO trainer's d is a running mean of all rewards together, which leans to the more frequent kind.
+    TRL: its BCO trainer (gone since) had a running mean of all rewards together, which leans to the more frequent
+    kind.
     """
 
     beta: float = 0.1

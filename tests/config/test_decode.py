@@ -102,6 +102,8 @@ MISTAKES = [
     ("optimizer: {learning_rate: true}\n", "optimizer.learning_rate = true: must be a finite number"),
     ("optimizer: {learning_rate: .nan}\n", "must be a finite number"),
     ("optimizer: {weight_decay: .inf}\n", "must be a finite number"),
+    ("objective: {beta: .nan}\n", "objective.beta = NaN: must be a finite number"),
+    ("objective: {loss_type: cdpo, label_smoothing: .nan}\n", "must be a finite number"),
     (f"optimizer: {{weight_decay: 1{'0' * 400}}}\n", "must be a finite number"),
     ("train: {shuffle: 1}\n", "train.shuffle = 1: must be true or false"),
     ('train: {shuffle: "false"}\n', 'train.shuffle = "false": must be true or false'),
@@ -113,7 +115,7 @@ MISTAKES = [
     ("parallel: [1, 2]\n", "parallel = [1, 2]: must be a section"),
     # choices
     ("objective: {loss_type: dpoo}\n", 'objective.loss_type = "dpoo": is no objective; did you mean dpo? There are dpo, robust'),
-    ("objective: {loss_type: [dpo]}\n", 'objective.loss_type = ["dpo"]: must be one name; for several objectives write loss_type: mix'),
+    ("objective: {loss_type: [dpo, sft]}\n", 'objective.loss_type = ["dpo", "sft"]: must be one name; for several objectives write loss_type: mix'),
     ("reference: {mode: residant}\n", 'reference.mode = "residant": must be one of precomputed, resident, swapped (did you mean resident?)'),
     ("optimizer: {lr_scheduler_type: step}\n", "must be one of cosine, linear, constant"),
     ("export: {dtype: bf16}\n", 'must be one of bfloat16, float16, float32 (did you mean bfloat16?) or null'),

@@ -184,6 +184,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0; supported: a positive number"),
     ("gemma2", {"sliding_window": None}, "sliding_window is missing"),
     ("gemma2", {"query_pre_attn_scalar": "x"}, 'query_pre_attn_scalar is "x"'),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; supported: only models without"),
     ("gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "an object with full_attention and sliding_attention"),
     ("gemma3", {"rope_parameters": BOTH, "rope_scaling": {"type": "linear", "factor": 2.0}}, "only rope_parameters"),
     (

@@ -122,6 +122,11 @@ def test_a_list_of_names_is_a_mix(tmp_path: Path) -> None:
     )
 
 
+def test_a_list_of_one_name_is_that_name(tmp_path: Path) -> None:
+    """As TRL writes its default."""
+    assert read(tmp_path, {"loss_type": ["sigmoid"]}).objective == DPO()
+
+
 def test_no_objective_takes_a_setting_that_it_has_not(tmp_path: Path) -> None:
     """The trap of a loss_type or a setting that is read and never used."""
     for name in OBJECTIVES:

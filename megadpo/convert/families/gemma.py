@@ -69,6 +69,7 @@ def read_gemma3(config: ConfigJson) -> ModelShape:
     shape = read_gemma(config, "gemma3_text", rope, caps=(None, None))
     if config.get("layer_types") is None and config.get("_sliding_window_pattern") is not None:
         raise config.wrong("_sliding_window_pattern", "sliding_window_pattern without _, or layer_types")
+    config.require("attn_logit_softcapping")  # transformers keeps it and never uses it
     pattern = config.integer("sliding_window_pattern", default=6)
     usual = tuple((layer + 1) % pattern != 0 for layer in range(shape.num_layers))
     return replace(
