@@ -359,8 +359,10 @@ def _number(value: Any, name: str) -> float:
 
 def _ranked(row: Row) -> Content:
     """The completions of a prompt, best first: by score, or as they stand where none has one."""
-    prompt: Text = _text(row, "prompt|instruction") if isinstance(row.get("prompt"), str) else ()
-    if not prompt:
+    prompt: Text
+    if isinstance(row.get("prompt"), str):  # an empty one, too
+        prompt = _text(row, "prompt")
+    else:
         prompt = _turns(row, "prompt") if "prompt" in row else (Turn("user", _text(row, "instruction")),)
     items = _value(row, "completions|responses")
     if not isinstance(items, list):

@@ -203,6 +203,8 @@ def test_ranked_lists(tmp_path: Path) -> None:
     ]
     feedback = only(tmp_path, {"instruction": USER["content"], "completions": items, "models": ["a", "b"]})
     assert (feedback.prompt, feedback.responses, feedback.scores) == (QUESTION, ANSWERS, (4.75, 1.25))
+    without = only(tmp_path, {"prompt": "", "completions": ["a", "b"]})
+    assert (without.prompt, without.responses) == ("", ("a", "b"))
     chat = only(tmp_path, {"prompt": [USER], "completions": [[BLUE], [GREEN]]})
     assert (chat.prompt, chat.responses) == (QUESTION, ANSWERS)
     reasons = [
