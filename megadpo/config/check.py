@@ -31,6 +31,7 @@ def problems(config: Config) -> list[str]:
         *_secrets(config),
         *_combinations(config),
         *_fp8(config),
+        *_graphs(config),
         *_objective(config),
         *_reference(config),
         *_kinds(config),
@@ -349,6 +350,32 @@ def _fp8(config: Config) -> list[str]:
             f"batch.micro_batch_tokens = {config.batch.micro_batch_tokens}: must be a multiple of {rows} for "
             f"model.fp8_recipe = {model.fp8_recipe} on this grid"
         )
+    return found
+
+
+def _graphs(config: Config) -> list[str]:
+    """What replays no Python, or keeps its memory, cannot go with."""
+    model = config.model
+    if not model.cuda_graphs:
+        return []
+    given = f"model.cuda_graphs = [{', '.join(model.cuda_graphs)}]"
+    found = []
+    if len(set(model.cuda_graphs)) < len(model.cuda_graphs):
+        found.append(f"{given}: must name a part once")
+    if model.recompute == "full":
+        found.append(
+            f"{given}: not with model.recompute = full, whose layers share the memory that graphs keep one by one; use "
+            "selective or none, or leave one out"
+        )
+    if model.fp8_emulation:
+        found.append(f"{given}: not with model.fp8_emulation, which is for numbers and not for speed; leave one out")
+    if model.fp8_param_gather:
+        found.append(
+            f"{given}: not with model.fp8_param_gather, where Transformer Engine makes the transposed weights by code "
+            "that no replay runs; leave one out"
+        )
+    if config.parallel.tp_comm_overlap:
+        found.append(f"{given}: not with parallel.tp_comm_overlap, whose buffers layers share; leave one out")
     return found
 
 

@@ -165,6 +165,7 @@ def _list(kind: Any, value: Any, path: str, found: list[Problem]) -> Any:
     """A tuple from a list."""
     if not isinstance(value, list | tuple):
         what = "sections, each with loss_type and its settings" if kind is Objective else "numbers"
+        what = ", ".join(get_args(kind)) if get_origin(kind) is Literal else what
         found.append(Problem(path, f"{path} = {_show(value)}: must be a list of {what}"))
         return BAD
     items = [_decode(kind, item, f"{path}[{number}]", found) for number, item in enumerate(value)]

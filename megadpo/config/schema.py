@@ -108,6 +108,8 @@ def _type_schema(kind: Any) -> dict[str, Any]:
         return _section_schema(kind)
     if get_origin(kind) is Literal:
         return {"enum": list(get_args(kind))}
+    if get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal:
+        return {"type": "array", "items": _type_schema(get_args(kind)[0])}
     if get_origin(kind) is tuple and get_args(kind)[0] is Objective:
         return {"type": "array", "items": {"$ref": "#/properties/objective"}}
     if get_origin(kind) is tuple and get_args(kind)[0] is float:

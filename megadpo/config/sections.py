@@ -40,6 +40,10 @@ class ModelConfig:
     num_layers_at_end_in_bf16: int = 1
     fp8_emulation: bool = False
     """Round the operands of the same products to FP8 and multiply in float32: FP8's numbers on any device, slower."""
+    cuda_graphs: tuple[Literal["mlp", "moe_router"], ...] = ()
+    """Parts of every layer that a training step replays as CUDA graphs, by Megatron's names: norm and MLP (mlp); in
+    layers with experts the norm, the router and shared experts (moe_router). The same numbers with fewer launches, and
+    memory that is never given back. Not yet run on a device."""
 
     @property
     def real_fp8(self) -> bool:

@@ -15,6 +15,7 @@ ALSO_CALLED = {
     "gradient_checkpointing": "model.recompute",
     "fp8": "model.fp8_format",
     "fp8_param": "model.fp8_param_gather",
+    **dict.fromkeys(("cuda_graph_impl", "cuda_graph_scope", "enable_cuda_graph"), "model.cuda_graphs"),
     "ref_model": "reference.path",
     "dataset_name": "data.train",
     "train_file": "data.train",
@@ -38,11 +39,6 @@ ALSO_CALLED = {
 NOT_HERE = {
     "context_parallel_size": "context parallelism cannot be combined with prompts that stand once: Transformer Engine "
     "refuses bottom-right causal attention with it; use tensor and sequence parallelism for long streams",
-    **dict.fromkeys(
-        ("cuda_graphs", "cuda_graph_impl", "cuda_graph_scope", "enable_cuda_graph"),
-        "CUDA graphs cannot hold these streams: Megatron-Core captures whole layers, and with them where the segments "
-        "of one stream start and end, which is elsewhere in the next; docs/design.md has the whole reason",
-    ),
     "hidden_dropout": "dropout is off: one prompt row serves all responses",
     "attention_dropout": "dropout is off: one prompt row serves all responses",
 }

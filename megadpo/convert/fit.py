@@ -115,6 +115,15 @@ def _widths(shape: ModelShape, parallel: ParallelConfig) -> dict[str, int]:
     return widths
 
 
+def graph_misfits(shape: ModelShape, model: ModelConfig) -> list[str]:
+    """Lines on parts to capture that this model has nowhere."""
+    experts = shape.experts.layers if shape.experts else (False,)
+    there = {"mlp": not all(experts), "moe_router": any(experts)}
+    has = {"mlp": "experts in every layer; write [moe_router]", "moe_router": "no experts; write [mlp]"}
+    missing = [scope for scope in model.cuda_graphs if not there[scope]]
+    return [f"model.cuda_graphs has {scope}: this model has {has[scope]}, or leave it out" for scope in missing]
+
+
 def _expert_misfits(experts: Experts, dealt: int, tensor: int) -> list[str]:
     found = []
     if experts.count % dealt:

@@ -30,6 +30,7 @@ from megadpo.model.experts import expert_options, use_experts
 from megadpo.model.fp8 import fp8_options, machine_problem
 from megadpo.model.fp8_emulation import Rounding, round_layers, rounded_layers
 from megadpo.model.fp8_weights import hold_linear_layers
+from megadpo.model.graphs import GraphedLayer, graphs_problem
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
@@ -188,6 +189,7 @@ def layer_spec(
         layer = get_gpt_layer_with_transformer_engine_spec(**options)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
+    layer.module = GraphedLayer
     norm = TENorm if te else RMSNorm
     attention, mlp = layer.submodules.self_attention, layer.submodules.mlp.submodules
     linear = attention.submodules
@@ -269,7 +271,8 @@ def check_machine(model: ModelConfig, parallel: ParallelConfig, device: torch.de
     if triton:
         raise MachineError(f"model.logprob_backend = triton on {device.type}: {triton}")
     te = mcore_fixes.have_te() and Rounding.of(model) is None
-    if problem := machine_problem(model, device) or overlap_problem(parallel, device, te):
+    problems = (machine_problem(model, device), overlap_problem(parallel, device, te), graphs_problem(model, device))
+    if problem := next(filter(None, problems), None):
         raise MachineError(problem)
 
 

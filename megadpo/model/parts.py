@@ -22,12 +22,13 @@ def parts(shape: ModelShape, parallel: ParallelConfig, model: ModelConfig, devic
     config = transformer_config(shape, parallel, model, device)
     head = "chunked" if model.logprob_backend == "auto" else model.logprob_backend
     gradients = "added inside the product" if config.gradient_accumulation_fusion else "added by themselves"
+    graphs = f"CUDA graphs of {' and '.join(model.cuda_graphs)}" if model.cuda_graphs else "no CUDA graphs"
     return [
         f"layers     {layers}; {model.dtype} on {device.type}",
         *_fp8(model, shape.num_layers),
         f"attention  {attention} ({why})",
         f"kernels    log-probabilities {head}; RoPE {'fused' if config.apply_rope_fusion else 'in torch'}; weight "
-        f"gradients {gradients}; no CUDA graphs",
+        f"gradients {gradients}; {graphs}",
     ]
 
 

@@ -61,6 +61,10 @@ class ParallelContext:
             for stage in range(self.virtual_size)
         ]
 
+    def amax_group(self) -> dist.ProcessGroup:
+        """Ranks that share FP8's scales, as Megatron-Core's own FP8 contexts have it."""
+        return parallel_state.get_amax_reduction_group(with_context_parallel=True)
+
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks, in place."""
         dist.all_reduce(values, group=self.groups.dp)

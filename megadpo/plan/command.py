@@ -46,6 +46,11 @@ def plan(config: Config, request: Request, count: Count) -> Report:
     found = Search(space, lengths, count).run(every=request.rows is None, confirmed=request.rows or 15)
     if config.model.real_fp8:
         assumptions.append("memory as in bfloat16: FP8's copies of weights and activations are not counted")
+    if config.model.cuda_graphs:
+        assumptions.append(
+            "as without CUDA graphs: that each keeps the gradients of its rows and, unless they are added inside the "
+            "product, of its weights, and the launches saved, are not counted"
+        )
     said = (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
     return Report(space, found, said, request.price, request.rows)
 

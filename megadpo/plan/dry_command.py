@@ -79,7 +79,7 @@ def dry_run(config: Config, request: Request, rank: int) -> DryRun:
     if without_te(config) != config:
         assumptions = [
             *assumptions,
-            "counted without Transformer Engine's and Triton's kernels: model.fp8_format as bfloat16",
+            "counted without Transformer Engine's and Triton's kernels and CUDA graphs: model.fp8_format as bfloat16",
         ]
     load = load_of(config, lengths, place, shapes.policy.attended_pair_cost)
     reference = None if shapes.reference is shapes.policy else shapes.reference

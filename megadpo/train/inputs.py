@@ -13,7 +13,7 @@ import numpy as np
 from megadpo.config import Config
 from megadpo.config.check import check_grid, unused_reference
 from megadpo.convert.families import read_shape, with_head
-from megadpo.convert.fit import fp8_misfits, misfits
+from megadpo.convert.fit import fp8_misfits, graph_misfits, misfits
 from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import ModelShape
 from megadpo.data.kinds import wanted
@@ -87,6 +87,7 @@ def grid_problems(config: Config, shapes: Shapes, world_size: int) -> list[str]:
         kv_channels=policy.kv_channels,
     )
     problems += misfits(policy, config.parallel) + fp8_misfits(policy, config.model, config.parallel)
+    problems += graph_misfits(policy, config.model)
     # a reference without experts may stand beside a policy whose experts are dealt
     grid = config.parallel if reference.experts else replace(config.parallel, expert_model_parallel_size=1)
     of_reference = misfits(reference, grid) + fp8_misfits(reference, config.model, grid)

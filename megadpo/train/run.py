@@ -20,6 +20,7 @@ from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks, check_machine
 from megadpo.model.fp8 import precision
+from megadpo.model.graphs import capture
 from megadpo.model.parts import parts
 from megadpo.model.policy import Policy
 from megadpo.model.reference import build_reference
@@ -115,7 +116,11 @@ def assembled(
     )
     watch.slowly("building the optimizer")
     chunks = wrap(policy, config.parallel)
-    return TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel)), scored, reference
+    state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
+    if config.model.cuda_graphs:
+        watch.slowly("capturing CUDA graphs")
+        log.line(capture(chunks, config.model.cuda_graphs, streams[0].budget.tokens, context))
+    return state, scored, reference
 
 
 def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:

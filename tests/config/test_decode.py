@@ -189,12 +189,25 @@ MISTAKES_OF_FP8 = [
     ("fp8_format: hybrid", "parallel: {tensor_model_parallel_size: 4, sequence_parallel: true}\nbatch: {micro_batch_tokens: 96}\n", "must be a multiple of 64 for model.fp8_recipe = tensorwise"),
     ("fp8_form: hybrid", "", "model.fp8_form: unknown key; did you mean model.fp8_format?"),
     ("fp8: hybrid", "", "model.fp8: unknown key; did you mean model.fp8_format?"),
-    ("cuda_graphs: true", "", "model.cuda_graphs: not a setting; CUDA graphs cannot hold these streams"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "more", "expected"), MISTAKES_OF_FP8)
-def test_a_mistake_of_fp8_gets_one_line(load, model, more, expected):
+MISTAKES_OF_GRAPHS = [
+    ("cuda_graphs: true", "", "model.cuda_graphs = true: must be a list of mlp, moe_router"),
+    ("cuda_graphs: mlp", "", 'model.cuda_graphs = "mlp": must be a list of mlp, moe_router'),
+    ("cuda_graphs: [mpl]", "", 'model.cuda_graphs[0] = "mpl": must be one of mlp, moe_router (did you mean mlp?)'),
+    ("cuda_graphs: [mlp, mlp]", "", "model.cuda_graphs = [mlp, mlp]: must name a part once"),
+    ("cuda_graphs: [mlp], recompute: full", "", "model.cuda_graphs = [mlp]: not with model.recompute = full"),
+    ("cuda_graphs: [mlp], fp8_format: e4m3, fp8_emulation: true", "", "model.cuda_graphs = [mlp]: not with model.fp8_emulation"),
+    ("cuda_graphs: [mlp], fp8_format: e4m3, fp8_param_gather: true", "", "model.cuda_graphs = [mlp]: not with model.fp8_param_gather"),
+    ("cuda_graphs: [mlp]", "parallel: {tensor_model_parallel_size: 2, sequence_parallel: true, tp_comm_overlap: true}\n", "model.cuda_graphs = [mlp]: not with parallel.tp_comm_overlap"),
+    ("cuda_graph_scope: [mlp]", "", "model.cuda_graph_scope: unknown key; did you mean model.cuda_graphs?"),
+    ("cuda_graph_impl: local", "", "model.cuda_graph_impl: unknown key; did you mean model.cuda_graphs?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "more", "expected"), [*MISTAKES_OF_FP8, *MISTAKES_OF_GRAPHS])
+def test_a_mistake_of_the_models_section_gets_one_line(load, model, more, expected):
     text = complaint(load, more, base=GOOD.replace("  path: model\n", f"  {{path: model, {model}}}\n"))
     assert expected in text
     assert "\n" not in text

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from megadpo_kernels import Backend
+from tape import make_graphed_callables
 
 from megadpo.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megadpo.convert.families import read_shape, with_head
@@ -17,6 +18,7 @@ from megadpo.data.mismatch import mismatched
 from megadpo.data.packing import Budget
 from megadpo.data.stream import Scored, Stream
 from megadpo.model.build import build_chunks
+from megadpo.model.graphs import capture
 from megadpo.model.policy import Policy
 from megadpo.model.reference import build_reference
 from megadpo.objectives import DPO, Objective
@@ -62,6 +64,8 @@ class Case:
     logprob_backend: Backend = "auto"
     model_options: dict[str, Any] = field(default_factory=dict)
     """More settings of the run file's model section."""
+    graphs: tuple[str, ...] = ()
+    """model.cuda_graphs, which a CPU's run file may not ask for: there tests/tape.py replays them."""
 
     @property
     def live(self) -> bool:
@@ -103,6 +107,9 @@ def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     load_hf(modules, shape, case.folder)
     chunks = wrap(modules, case.parallel, case.bucket_size)
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
+    if case.graphs:
+        on_gpu = context.device.type == "cuda"
+        capture(chunks, case.graphs, case.budget.tokens, context, None if on_gpu else make_graphed_callables)
     scalar = case.objective.head == "scalar"
     multiple = case.pipeline if case.virtual else 1
     stream = Stream(

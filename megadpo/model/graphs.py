@@ -1,0 +1,203 @@
+"""CUDA graphs of the part of a layer that treats every row alike: its shapes never change, as all streams have T rows.
+
+Captured is what lies behind the attention: of a plain layer the norm, the MLP and what is added (`mlp`); of one with
+experts the norm, the router and the shared experts (`moe_router`). Attention stays as it is, since where the segments
+of a stream start and end changes from one to the next; so do experts, to which different numbers of rows go.
+
+A graph reads and writes the same memory at every replay, so there is one per micro-batch that may be between its
+forward and its backward pass (`most_in_flight`), taken in turn, whatever the number of micro-batches in a step. The
+graphs of one turn share their memory: all layers forward, then all backward, is the order of capture and of every
+replay. Those of different turns, and of different model chunks, share none.
+
+A replay runs no Python. What Python does beside the products is done here: hooks that wait for gathered weights are
+called, and weights whose gradient the graph adds to the float32 buffer by itself are marked so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_recipe, is_first_last_bf16_layer
+from megatron.core.transformer import TransformerConfig, cuda_graphs
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megadpo.config import ModelConfig
+from megadpo.observe.gpus import GIB
+from megadpo.parallel import mcore_fixes
+from megadpo.parallel.context import ParallelContext
+from megadpo.parallel.in_flight import most_in_flight
+
+
+class GraphedLayer(TransformerLayer):
+    """Megatron-Core's layer, which replays what has been captured of it. One private method is overridden, and
+    MoELayer.forward is taken apart; tests/model/test_graphs.py compares both with what Megatron-Core does."""
+
+    current_microbatch: int
+    """Set by the schedule before each forward pass."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.graphs: list[Graph] = []
+        """In the order in which micro-batches take them; none before `capture`."""
+
+    def _forward_mlp(self, hidden_states: Tensor, inference_context: Any = None, padding_mask: Any = None) -> Tensor:
+        """hidden [T, 1, D] behind the attention -> [T, 1, D] for the next layer. Passes without a gradient have no
+        backward pass that would free a graph's memory, and run as without graphs."""
+        if not self.graphs or not torch.is_grad_enabled():
+            return super()._forward_mlp(hidden_states, inference_context, padding_mask)
+        graph = self.graphs[self.current_microbatch % len(self.graphs)]
+        return self.rest(hidden_states, *graph(hidden_states))
+
+    def row_by_row(self, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        """What is captured: a plain layer's output; or the norm's output, every expert's weight and who is chosen, and
+        the shared experts' output where there are any."""
+        if not self.is_moe_layer:
+            return (super()._forward_mlp(hidden_TD),)
+        normed_TD = self._forward_pre_mlp_layernorm(hidden_TD)
+        shared_TD = self.mlp.shared_experts_compute(normed_TD)
+        found = (normed_TD, *self.mlp.route(normed_TD))
+        return found if shared_TD is None else (*found, shared_TD)
+
+    def rest(self, hidden_TD: Tensor, *found: Tensor) -> Tensor:
+        """The layer's output from that of `row_by_row`."""
+        if not self.is_moe_layer:
+            return found[0]
+        (normed_TD, weights, chosen), shared_TD = found[:3], found[3] if len(found) > 3 else None
+        rows, weights = self.mlp.preprocess(normed_TD, weights, chosen)
+        rows, weights = self.mlp.dispatch(rows, weights)
+        rows, _ = self.mlp.routed_experts_compute(rows, weights)
+        output_TD = self.mlp.postprocess(self.mlp.combine(rows), shared_TD)
+        return self._forward_post_mlp((output_TD, None), hidden_TD)
+
+
+class Part(torch.nn.Module):
+    """What is captured of a layer, as make_graphed_callables wants it: a module with its parameters and no others."""
+
+    def __init__(self, layer: GraphedLayer) -> None:
+        super().__init__()
+        used = [layer.pre_mlp_layernorm, layer.mlp]
+        if layer.is_moe_layer:
+            used[1:] = [layer.mlp.router, *([layer.mlp.shared_experts] if layer.mlp.use_shared_expert else [])]
+        self.used = torch.nn.ModuleList(used)
+        self.run = layer.row_by_row
+
+    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        return self.run(hidden_TD)
+
+
+Make = Callable[[tuple[Part, ...], tuple[tuple[Tensor], ...]], Sequence[Callable[[Tensor], tuple[Tensor, ...]]]]
+"""make_graphed_callables, torch's or Transformer Engine's: parts in the order in which they run, an input for each."""
+
+
+class Graph:
+    """A part's graphs for one micro-batch, forward and backward."""
+
+    def __init__(self, replay: Callable[[Tensor], tuple[Tensor, ...]], part: Part, shape: torch.Size) -> None:
+        self._replay, self._shape, self._modules = replay, shape, list(part.modules())
+        self._weights = list(part.parameters())
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        # capturing ran the code that sets this
+        self._added = [weight for weight in self._weights if getattr(weight, "grad_added_to_main_grad", False)]
+        self.in_flight = False
+
+    def __call__(self, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        assert not self.in_flight, "a graph's memory would be written while a backward pass needs it"
+        assert hidden_TD.shape == self._shape, f"a stream of other length: {hidden_TD.shape}, not {self._shape}"
+        for module in self._modules:  # looked up here: hooks come and go (train.optimizer.settled)
+            for hook in module._forward_pre_hooks.values():
+                hook(module, ())
+        assert [weight.data_ptr() for weight in self._weights] == self._addresses, "weights have moved"
+        for weight in self._added:
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        found = self._replay(hidden_TD)
+        self.in_flight = True
+        found[0].register_hook(self._backward)
+        return found
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.in_flight = False
+
+
+def capture(
+    chunks: Sequence[Any], scopes: Sequence[str], rows: int, context: ParallelContext, make: Make | None = None
+) -> str:
+    """Capture these parts (model.cuda_graphs) of all layers of the policy; a line for the log.
+
+    chunks: wrapped by data parallelism, as their weights' gradients have their places then. rows: of every stream.
+    Before the first step: the passes that this takes leave nothing behind but zeros in the gradients' buffers.
+    make: stands in for CUDA where there is none.
+    """
+    turns, before, layers = most_in_flight(context), _reserved(context), 0
+    rows //= context.tensor_size if context.sequence_parallel else 1
+    for chunk in chunks:
+        config = chunk.config
+        mine = [layer for layer in chunk.module.decoder.layers if _scope(layer) in scopes]
+        layers += len(mine)
+        with _capturing():
+            for _ in range(turns if mine else 0):
+                _capture_turn(mine, rows, config, make or _make(mine, config, context))
+        chunk.zero_grad_buffer()
+    size = f", {(_reserved(context) - before) / GIB:.2f} GiB" if context.device.type == "cuda" else ""
+    return f"CUDA graphs {' and '.join(scopes)} of {layers} layers here, {turns} in flight: {2 * turns * layers}{size}"
+
+
+def graphs_problem(model: ModelConfig, device: torch.device) -> str | None:
+    """What keeps this machine from the graphs that the run file asks for; None: nothing, or none are asked for."""
+    if not model.cuda_graphs or device.type == "cuda":
+        return None
+    given = ", ".join(model.cuda_graphs)
+    return f"model.cuda_graphs = [{given}]: needs a GPU and this run is on a {device.type}; leave it out"
+
+
+def _scope(layer: GraphedLayer) -> str:
+    return "moe_router" if layer.is_moe_layer else "mlp"
+
+
+def _capture_turn(layers: Sequence[GraphedLayer], rows: int, config: TransformerConfig, make: Make) -> None:
+    """One graph more for each layer of a chunk."""
+    like = {"dtype": config.params_dtype, "device": next(layers[0].parameters()).device}
+    parts = tuple(Part(layer) for layer in layers)
+    for module in (module for part in parts for module in part.modules()):
+        # In FP8 the graph casts the weight itself: a cast one that Transformer Engine keeps beside the layer loses its
+        # transposed half in a pass without a gradient (quantizer.cpp: convert_and_update_tensor), under the graph.
+        if hasattr(module, "disable_parameter_transpose_cache"):
+            module.disable_parameter_transpose_cache = True
+    samples = [torch.zeros(rows, 1, config.hidden_size, requires_grad=True, **like) for _ in layers]
+    graphs = make(parts, tuple((sample,) for sample in samples))
+    for layer, part, sample, graph in zip(layers, parts, samples, graphs, strict=True):
+        layer.graphs.append(Graph(graph, part, sample.shape))
+
+
+def _make(layers: Sequence[GraphedLayer], config: TransformerConfig, context: ParallelContext) -> Make:
+    """Transformer Engine's for its layers: it knows their FP8 state, and puts back what it learnt while capturing."""
+    if not mcore_fixes.have_te():
+        return torch.cuda.make_graphed_callables
+    from transformer_engine.pytorch import make_graphed_callables
+
+    fp8: dict[str, Any] = {}
+    if config.fp8:
+        in_fp8 = tuple(not is_first_last_bf16_layer(config, layer.layer_number - 1) for layer in layers)
+        fp8 = {"enabled": in_fp8, "recipe": get_fp8_recipe(config), "amax_reduction_group": context.amax_group()}
+    return lambda parts, samples: make_graphed_callables(parts, samples, allow_unused_input=True, **fp8)
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """Data parallelism's hooks do nothing inside (distributed_data_parallel.py: is_graph_capturing)."""
+    cuda_graphs._set_capture_start()
+    try:
+        yield
+    finally:
+        cuda_graphs._set_capture_end()
+
+
+def _reserved(context: ParallelContext) -> int:
+    """Bytes that torch has taken from the device; what graphs hold is part of it."""
+    if context.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(context.device)
