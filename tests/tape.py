@@ -29,7 +29,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def finished(result: Any) -> Any:
-    """A collective is waited for here, and its handle has no work left: gloo's has copies to do, once for every wait."""
+    """A collective is waited for here, and its handle has no work left: gloo's has copies to do, once per wait."""
     if isinstance(result, tuple) and isinstance(result[-1], torch.ScriptObject):
         result[-1].wait()
         return (*result[:-1], torch._C._distributed_c10d.FakeWork().boxed())
@@ -80,7 +80,7 @@ class Replayed:
 
     def __init__(self, part: torch.nn.Module, static: Tensor) -> None:
         self.part, self.static = part, static
-        self.weights = list(part.parameters())
+        self.weights, self.replays = list(part.parameters()), 0
 
     def record_forward(self) -> None:
         self.forward = Tape({key(tensor) for tensor in [self.static, *self.weights, *self.part.buffers()]})
@@ -110,11 +110,12 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: Replayed, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.graph = graph
+        graph.replays += 1
         with torch.no_grad():
             graph.static.copy_(x)
         graph.forward.replay()
         graph.forward.poison(graph.left)
-        return tuple(output.detach() for output in graph.outputs)
+        return tuple(output.data for output in graph.outputs)  # torch sees no replay write to it, as on a device
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -125,12 +126,10 @@ class Replay(torch.autograd.Function):
                 mine.copy_(given)
         graph.backward.replay()
         graph.backward.poison(graph.results)
-        return (None, *(gradient.detach() for gradient in graph.gradients_in))
+        return (None, *(gradient.data for gradient in graph.gradients_in))
 
 
-def make_graphed_callables(
-    parts: Sequence[torch.nn.Module], samples: Sequence[tuple[Tensor]]
-) -> tuple[Replayed, ...]:
+def make_graphed_callables(parts: Sequence[torch.nn.Module], samples: Sequence[tuple[Tensor]]) -> tuple[Replayed, ...]:
     """As torch.cuda.make_graphed_callables: warm-up, all forward, then all backward."""
     graphs = [Replayed(part, sample) for part, (sample,) in zip(parts, samples, strict=True)]
     for graph in graphs:

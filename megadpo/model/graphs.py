@@ -50,23 +50,25 @@ class GraphedLayer(TransformerLayer):
         if not self.graphs or not torch.is_grad_enabled():
             return super()._forward_mlp(hidden_states, inference_context, padding_mask)
         graph = self.graphs[self.current_microbatch % len(self.graphs)]
-        return self.rest(hidden_states, *graph(hidden_states))
+        return self.rest(*graph(hidden_states))
 
     def row_by_row(self, hidden_TD: Tensor) -> tuple[Tensor, ...]:
-        """What is captured: a plain layer's output; or the norm's output, every expert's weight and who is chosen, and
-        the shared experts' output where there are any."""
+        """What is captured: a plain layer's output; or what was given, the norm's output, every expert's weight, who is
+        chosen, and the shared experts' output where there are any. (What was given is among it so that its gradients
+        are added up in the same order as without a graph.)"""
         if not self.is_moe_layer:
             return (super()._forward_mlp(hidden_TD),)
         normed_TD = self._forward_pre_mlp_layernorm(hidden_TD)
         shared_TD = self.mlp.shared_experts_compute(normed_TD)
-        found = (normed_TD, *self.mlp.route(normed_TD))
+        found = (hidden_TD, normed_TD, *self.mlp.route(normed_TD))
         return found if shared_TD is None else (*found, shared_TD)
 
-    def rest(self, hidden_TD: Tensor, *found: Tensor) -> Tensor:
+    def rest(self, *found: Tensor) -> Tensor:
         """The layer's output from that of `row_by_row`."""
         if not self.is_moe_layer:
             return found[0]
-        (normed_TD, weights, chosen), shared_TD = found[:3], found[3] if len(found) > 3 else None
+        hidden_TD, normed_TD, weights, chosen = found[:4]
+        shared_TD = found[4] if len(found) > 4 else None
         rows, weights = self.mlp.preprocess(normed_TD, weights, chosen)
         rows, weights = self.mlp.dispatch(rows, weights)
         rows, _ = self.mlp.routed_experts_compute(rows, weights)

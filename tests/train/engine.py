@@ -159,7 +159,7 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
         if reference is not None and case.swap_steps:
             portions = SwappedPortions(*run_of, reference, case.swap_steps)
         held_out = Scored(stream, None if case.live else column, whole_store(case, state, stream, context))
-        result: dict[str, Any] = {"column": column, "sums": [], "grad_norms": []}
+        result: dict[str, Any] = {"column": column, "sums": [], "grad_norms": [], "micro_batches": []}
         first_gradients(state, result)
         for _ in range(case.steps):
             set_learning_rate(state.optimizer, case.learning_rate)
@@ -168,6 +168,7 @@ def run_one(device: torch.device, case: Case) -> dict[str, Any]:
             sums, norm = train_step(
                 state, part.batches, case.objective, portions.resident, context, part.mismatched, before_update=coming
             )
+            result["micro_batches"].append(len(part.batches))
             result["sums"].append(sums)
             result["grad_norms"].append(norm)
         if case.evaluated:

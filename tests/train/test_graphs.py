@@ -1,0 +1,233 @@
+"""A step with CUDA graphs equals the same step without, to the last bit. There is no CUDA here: tests/tape.py replays
+what was captured from the memory that a graph has, without running its Python. tests/gpu has the real ones."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from families_table import COMMON, write
+from tape import Replayed, make_graphed_callables
+from tiny import random_groups, write_llama
+
+from megadpo.data.packing import Budget
+from megadpo.errors import MachineError
+from megadpo.model import graphs
+from megadpo.model.build import check_machine
+from megadpo.objectives import OBJECTIVES
+from megadpo.parallel.context import grid
+from megadpo.parallel.in_flight import most_in_flight
+from train import engine
+from train.engine import Case, assemble, build, run
+
+VOCAB = 67
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """5 layers, which do not divide by 2 stages. The steps have different numbers of micro-batches."""
+    folder = write_llama(tmp_path_factory.mktemp("llama"), layers=5, vocab=VOCAB, bias=True)
+    return Case(folder, random_groups(16, vocab=VOCAB), budget=Budget(40))
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Shared experts, a selection bias and a plain layer; biases."""
+    folder = write(request.param, tmp_path_factory.mktemp("model") / request.param)
+    return Case(folder, random_groups(16, vocab=int(COMMON["vocab_size"])), learning_rate=1e-4, budget=Budget(64))
+
+
+def replays(state: Any) -> list[list[int]]:
+    """Of every captured layer, how often each of its graphs ran."""
+    layers = [layer for module in state.modules for layer in module.decoder.layers if layer.graphs]
+    return [[graph._replay.replays for graph in layer.graphs] for layer in layers]
+
+
+def run_counting(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
+    """Every case, and how often its graphs ran."""
+    states: list[Any] = []
+    original = engine.build
+
+    def remembered(case: Case, context: Any) -> Any:
+        state, stream = original(case, context)
+        states.append(state)
+        return state, stream
+
+    engine.build = remembered
+    results = run(device, cases)
+    return [result | {"replays": replays(state)} for result, state in zip(results, states, strict=True)]
+
+
+def same(world: int, cases: list[Case], scopes: tuple[str, ...], vocab: int = VOCAB) -> list[list[dict[str, Any]]]:
+    """Run every case with graphs and without; the results with them, of every rank."""
+    results = run_ranks(world, run_counting, [*cases, *(replace(case, graphs=scopes) for case in cases)])
+    for index, case in enumerate(cases):
+        plain, graphed = ([rank[i] for rank in results] for i in (index, index + len(cases)))
+        for what in ("weights",) if case.distributed else ("gradients", "weights"):
+            want, got = (assemble(ranks, what, vocab) for ranks in (plain, graphed))
+            different = [key for key in want if not torch.equal(want[key], got[key])]
+            assert not different, f"{case}: {what} of {different}"
+        for one, other in zip(plain, graphed, strict=True):
+            assert one["sums"] == other["sums"]
+            assert one["grad_norms"] == other["grad_norms"]
+            assert one.get("held_out") == other.get("held_out")
+            assert one["replays"] == []
+            assert all(min(layer) > 0 for layer in other["replays"]), "a graph more than are ever in flight"
+            assert all(sum(layer) == sum(other["micro_batches"]) for layer in other["replays"]), "training alone"
+    return [rank[len(cases) :] for rank in results]
+
+
+def test_one_rank(base: Case) -> None:
+    """Among them passes without a gradient: of a column, of held-out data, of a whole batch before its loss."""
+    cases = [
+        replace(base, evaluated=True),
+        replace(base, recompute="selective", resident=True, objective=OBJECTIVES["aot"]()),
+        replace(base, dtype="bfloat16", distributed=True),
+    ]
+    [results] = same(1, cases, ("mlp",))
+    assert len(set(results[0]["micro_batches"])) > 1, "of different numbers of micro-batches"
+    assert all(len(layers) == 5 and all(len(layer) == 1 for layer in layers) for layers in [results[0]["replays"]])
+
+
+def test_two_ranks(base: Case) -> None:
+    cases = [
+        replace(base, tensor=2, sequence=True),
+        replace(base, pipeline=2),
+        replace(base, pipeline=2, virtual=2),
+        replace(base, distributed=True, overlap=True, bucket_size=500),
+    ]
+    first, last = same(2, cases, ("mlp",))
+    assert len(set(first[1]["micro_batches"])) > 1
+    assert [len(rank[1]["replays"][0]) for rank in (first, last)] == [2, 1]
+
+
+@pytest.mark.slow
+def test_four_stages(base: Case) -> None:
+    cases = [replace(base, pipeline=4), replace(base, tensor=2, pipeline=2, sequence=True), replace(base, tensor=2)]
+    results = same(4, cases, ("mlp",))
+    assert [len(rank[0]["replays"][0]) for rank in results] == [4, 3, 2, 1]
+
+
+def test_experts(experts: Case) -> None:
+    same(1, [experts], ("mlp", "moe_router"), int(COMMON["vocab_size"]))
+    cases = [replace(experts, tensor=2, sequence=True, expert=2), replace(experts, pipeline=2)]
+    same(2, cases, ("moe_router",), int(COMMON["vocab_size"]))
+
+
+def run_added_inside(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
+    """With weights' gradients added to the float32 buffer inside the product, as Apex and Transformer Engine do."""
+    from megatron.core.tensor_parallel import layers
+
+    class Apex:
+        @staticmethod
+        def wgrad_gemm_accum_fp32(x: torch.Tensor, dy: torch.Tensor, main_grad: torch.Tensor) -> None:
+            main_grad.addmm_(dy.t(), x)
+
+    original = engine.wrap
+
+    def wrap(modules: list, *args: Any) -> list:
+        for module in modules[0].decoder.modules():
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = True
+        return original(modules, *args)
+
+    layers.fused_weight_gradient_mlp_cuda, engine.wrap = Apex, wrap
+    return run(device, cases)
+
+
+def test_gradients_added_inside_the_product(base: Case) -> None:
+    """Only by Python does data parallelism know that it need not add them; what stands in their place is no number."""
+    [[plain, graphed]] = run_ranks(1, run_added_inside, [base, replace(base, graphs=("mlp",))])
+    for what in ("gradients", "weights"):
+        for key, piece in plain[what].items():
+            assert torch.equal(piece.data, graphed[what][key].data), f"{what} of {key}"
+    assert plain["grad_norms"] == graphed["grad_norms"]
+
+
+def too_few(device: torch.device, case: Case, checked: bool) -> Any:
+    """One graph less than can be in flight."""
+    graphs.most_in_flight = lambda context: max(most_in_flight(context) - 1, 1)
+    if not checked:
+        graphs.Graph.in_flight = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
+    return run(device, [case])
+
+
+def test_one_graph_too_few_is_noticed(base: Case) -> None:
+    with pytest.raises(AssertionError, match="would be written while a backward pass needs it"):
+        run_ranks(2, too_few, replace(base, pipeline=2, graphs=("mlp",)), True)
+
+
+def test_and_would_be_wrong(base: Case) -> None:
+    """The comparison of this file can fail: memory that is written too early gives NaN or other numbers."""
+    with pytest.raises(AssertionError, match="the gradient norm is nan"):
+        run_ranks(2, too_few, replace(base, pipeline=2, graphs=("mlp",)), False)
+
+
+def captured(device: torch.device, case: Case) -> dict[str, Any]:
+    """What capturing leaves behind, and what a graph refuses."""
+    with grid(case.parallel, device, seed=1) as context:
+        state, _ = build(case, context)
+        weights = [p.clone() for p in state.modules[0].parameters()]
+        noise = torch.get_rng_state()
+        line = graphs.capture(state.chunks, ("mlp",), case.budget.tokens, context, make_graphed_callables)
+        layer = state.modules[0].decoder.layers[0]
+        layer.current_microbatch = 0
+        found: dict[str, Any] = {
+            "line": line,
+            "weights": all(torch.equal(p, w) for p, w in zip(state.modules[0].parameters(), weights, strict=True)),
+            "gradients": [float(buffer.grad_data.abs().sum()) for buffer in state.chunks[0].buffers],
+            "own": [p for p in state.modules[0].parameters() if p.grad is not None],
+            "noise": torch.equal(noise, torch.get_rng_state()),
+            "keys": [key for key in state.modules[0].state_dict() if "graph" in key],
+        }
+        for name, rows in (("rows", 39), ("moved", 40)):
+            if name == "moved":
+                layer.mlp.linear_fc1.weight.data = layer.mlp.linear_fc1.weight.data.clone()
+            try:
+                layer._forward_mlp(torch.zeros(rows, 1, 32, requires_grad=True))
+            except AssertionError as error:
+                found[name] = str(error)
+        return found
+
+
+def test_capturing_leaves_nothing_behind(base: Case) -> None:
+    """Though its passes have gradients of NaN."""
+    [found] = run_ranks(1, captured, base)
+    assert found["weights"]
+    assert found["noise"]
+    assert found["gradients"] == [0.0]
+    assert found["own"] == found["keys"] == []
+    assert found["line"] == "CUDA graphs mlp of 5 layers here, 1 in flight: 10"
+    assert found["rows"].startswith("a stream of other length: torch.Size([39, 1, 32])")
+    assert found["moved"] == "weights have moved"
+
+
+def test_a_machine_without_a_gpu_is_refused(base: Case) -> None:
+    model = replace(base.model, cuda_graphs=("mlp", "moe_router"))
+    with pytest.raises(MachineError, match=r"model.cuda_graphs = \[mlp, moe_router\]: needs a GPU and this run is on"):
+        check_machine(model, base.parallel, torch.device("cpu"))
+
+
+def test_replays_run_no_python() -> None:
+    """The stand-in itself: new input, the old code's constants; overwritten and poisoned memory."""
+
+    class Scaled(torch.nn.Linear):
+        by = 2.0
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return ((super().forward(x) * self.by).sin(),)
+
+    part = Scaled(3, 3)
+    [graph] = make_graphed_callables([part], [(torch.zeros(2, 3, requires_grad=True),)])
+    assert isinstance(graph, Replayed)
+    x, other = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    part.by = 5.0
+    (got,), want = graph(x), torch.sin(torch.nn.functional.linear(x, part.weight, part.bias) * 2.0)
+    assert torch.equal(got, want)
+    [dx], [right] = torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x)
+    assert torch.equal(dx, right)
+    assert got.isnan().all(), "after its backward pass"
+    (late,) = graph(x)
+    graph(other)  # before the backward pass
+    assert not torch.equal(torch.autograd.grad(late.sum(), x)[0], right)
