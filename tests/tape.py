@@ -130,13 +130,16 @@ class Replay(torch.autograd.Function):
 
 
 def make_graphed_callables(parts: Sequence[torch.nn.Module], samples: Sequence[tuple[Tensor]]) -> tuple[Replayed, ...]:
-    """As torch.cuda.make_graphed_callables: warm-up, all forward, then all backward."""
+    """As torch.cuda.make_graphed_callables: warm-up, all forward, then all backward. The warm-up's backward pass goes
+    to the weights themselves, as Transformer Engine's does."""
     graphs = [Replayed(part, sample) for part, (sample,) in zip(parts, samples, strict=True)]
     for graph in graphs:
         for _ in range(WARM_UP):
             outputs = [o for o in graph.part(graph.static) if o.requires_grad]
             given = [torch.full_like(o, torch.nan) for o in outputs]
-            torch.autograd.grad(outputs, [graph.static, *graph.weights], given)
+            torch.autograd.backward(outputs, given)
+            for tensor in (graph.static, *graph.weights):
+                tensor.grad = None
     for graph in graphs:
         graph.record_forward()
     for graph in reversed(graphs):

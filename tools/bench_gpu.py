@@ -95,6 +95,8 @@ def rows(size: Size) -> list[Row]:
             Row(f"bf16, precomputed, {budget}", bf16, size.layers),
             Row(f"bf16, resident, {budget}", (*bf16, "reference.mode=resident"), size.layers),
         ]
+        graphed = (*bf16, "model.cuda_graphs=[mlp]")
+        found.append(Row(f"bf16, precomputed, {budget}, CUDA graphs", graphed, size.layers, needs_gpu=True))
         for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8"):
             fp8 = (*bf16, "model.fp8_format=hybrid", f"model.fp8_recipe={recipe}")
             found.append(Row(f"FP8 {recipe}, precomputed, {budget}", fp8, size.layers, needs_gpu=True))

@@ -30,13 +30,14 @@ from megadpo.model.experts import expert_options, use_experts
 from megadpo.model.fp8 import fp8_options, machine_problem
 from megadpo.model.fp8_emulation import Rounding, round_layers, rounded_layers
 from megadpo.model.fp8_weights import hold_linear_layers
-from megadpo.model.graphs import GraphedLayer, graphs_problem
+from megadpo.model.graphs import GraphedLayer
 from megadpo.model.latent import latent_options, use_latent_attention
 from megadpo.model.norms import ProjectionNorm, RMSNorm, with_norm_after
 from megadpo.model.policy import Policy
 from megadpo.model.rope import TwoBaseAttention, inverse_frequencies, softmax_scale
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext
+from megadpo.parallel.cuda_graphs import graphs_problem
 from megadpo.parallel.user_buffers import overlap_problem
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

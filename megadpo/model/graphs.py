@@ -25,11 +25,10 @@ from megatron.core.transformer import TransformerConfig, cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megadpo.config import ModelConfig
 from megadpo.observe.gpus import GIB
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext
-from megadpo.parallel.in_flight import most_in_flight
+from megadpo.parallel.cuda_graphs import most_in_flight
 
 
 class GraphedLayer(TransformerLayer):
@@ -91,8 +90,9 @@ class Part(torch.nn.Module):
         return self.run(hidden_TD)
 
 
-Make = Callable[[tuple[Part, ...], tuple[tuple[Tensor], ...]], Sequence[Callable[[Tensor], tuple[Tensor, ...]]]]
-"""make_graphed_callables, torch's or Transformer Engine's: parts in the order in which they run, an input for each."""
+Make = Callable[[tuple[Part, ...], tuple[tuple[Tensor], ...]], Sequence[Any]]
+"""make_graphed_callables, torch's or Transformer Engine's: of parts in the order in which they run, with an input for
+each, what replays them."""
 
 
 class Graph:
@@ -147,14 +147,6 @@ def capture(
     return f"CUDA graphs {' and '.join(scopes)} of {layers} layers here, {turns} in flight: {2 * turns * layers}{size}"
 
 
-def graphs_problem(model: ModelConfig, device: torch.device) -> str | None:
-    """What keeps this machine from the graphs that the run file asks for; None: nothing, or none are asked for."""
-    if not model.cuda_graphs or device.type == "cuda":
-        return None
-    given = ", ".join(model.cuda_graphs)
-    return f"model.cuda_graphs = [{given}]: needs a GPU and this run is on a {device.type}; leave it out"
-
-
 def _scope(layer: GraphedLayer) -> str:
     return "moe_router" if layer.is_moe_layer else "mlp"
 
@@ -163,7 +155,8 @@ def _capture_turn(layers: Sequence[GraphedLayer], rows: int, config: Transformer
     """One graph more for each layer of a chunk."""
     like = {"dtype": config.params_dtype, "device": next(layers[0].parameters()).device}
     parts = tuple(Part(layer) for layer in layers)
-    for module in (module for part in parts for module in part.modules()):
+    modules: list[Any] = [module for part in parts for module in part.modules()]
+    for module in modules:
         # In FP8 the graph casts the weight itself: a cast one that Transformer Engine keeps beside the layer loses its
         # transposed half in a pass without a gradient (quantizer.cpp: convert_and_update_tensor), under the graph.
         if hasattr(module, "disable_parameter_transpose_cache"):

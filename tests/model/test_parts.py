@@ -30,6 +30,8 @@ def test_without_a_gpu(shape: ModelShape) -> None:
         "kernels    log-probabilities chunked; RoPE in torch; weight gradients added by themselves; no CUDA graphs",
     ]
     assert mcore_fixes.adam_from() == "torch's"
+    *_, kernels = parts(shape, ParallelConfig(), replace(PLAIN, cuda_graphs=("mlp", "moe_router")), CPU)
+    assert kernels.endswith("; CUDA graphs of mlp and moe_router")
 
 
 def test_with_transformer_engine(shape: ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """A step with CUDA graphs equals the same step without, to the last bit. There is no CUDA here: tests/tape.py replays
 what was captured from the memory that a graph has, without running its Python. tests/gpu has the real ones."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +13,17 @@ from families_table import COMMON, write
 from tape import Replayed, make_graphed_callables
 from tiny import random_groups, write_llama
 
+from megadpo.config import ModelConfig
+from megadpo.convert.families import read_shape
+from megadpo.convert.fit import graph_misfits
 from megadpo.data.packing import Budget
 from megadpo.errors import MachineError
 from megadpo.model import graphs
 from megadpo.model.build import check_machine
 from megadpo.objectives import OBJECTIVES
+from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
-from megadpo.parallel.in_flight import most_in_flight
+from megadpo.parallel.cuda_graphs import graphs_problem, most_in_flight
 from train import engine
 from train.engine import Case, assemble, build, run
 
@@ -35,7 +41,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Shared experts, a selection bias and a plain layer; biases."""
     folder = write(request.param, tmp_path_factory.mktemp("model") / request.param)
-    return Case(folder, random_groups(16, vocab=int(COMMON["vocab_size"])), learning_rate=1e-4, budget=Budget(64))
+    return Case(
+        folder, random_groups(16, vocab=int(COMMON["vocab_size"])), learning_rate=1e-4, budget=Budget(64), steps=1
+    )
 
 
 def replays(state: Any) -> list[list[int]]:
@@ -92,9 +100,9 @@ def test_one_rank(base: Case) -> None:
 
 def test_two_ranks(base: Case) -> None:
     cases = [
-        replace(base, tensor=2, sequence=True),
+        replace(base, tensor=2, sequence=True, steps=1),
         replace(base, pipeline=2),
-        replace(base, pipeline=2, virtual=2),
+        replace(base, pipeline=2, virtual=2, steps=1),
         replace(base, distributed=True, overlap=True, bucket_size=500),
     ]
     first, last = same(2, cases, ("mlp",))
@@ -111,12 +119,16 @@ def test_four_stages(base: Case) -> None:
 
 def test_experts(experts: Case) -> None:
     same(1, [experts], ("mlp", "moe_router"), int(COMMON["vocab_size"]))
-    cases = [replace(experts, tensor=2, sequence=True, expert=2), replace(experts, pipeline=2)]
-    same(2, cases, ("moe_router",), int(COMMON["vocab_size"]))
+    same(2, [replace(experts, tensor=2, sequence=True, expert=2)], ("moe_router",), int(COMMON["vocab_size"]))
 
 
-def run_added_inside(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
-    """With weights' gradients added to the float32 buffer inside the product, as Apex and Transformer Engine do."""
+@pytest.mark.slow
+def test_experts_in_a_pipeline(experts: Case) -> None:
+    same(2, [replace(experts, pipeline=2, steps=2)], ("moe_router",), int(COMMON["vocab_size"]))
+
+
+def add_inside() -> None:
+    """Weights' gradients are added to the float32 buffer inside the product, as by Apex and Transformer Engine."""
     from megatron.core.tensor_parallel import layers
 
     class Apex:
@@ -133,6 +145,10 @@ def run_added_inside(device: torch.device, cases: list[Case]) -> list[dict[str, 
         return original(modules, *args)
 
     layers.fused_weight_gradient_mlp_cuda, engine.wrap = Apex, wrap
+
+
+def run_added_inside(device: torch.device, cases: list[Case]) -> list[dict[str, Any]]:
+    add_inside()
     return run(device, cases)
 
 
@@ -166,6 +182,7 @@ def test_and_would_be_wrong(base: Case) -> None:
 
 def captured(device: torch.device, case: Case) -> dict[str, Any]:
     """What capturing leaves behind, and what a graph refuses."""
+    add_inside()
     with grid(case.parallel, device, seed=1) as context:
         state, _ = build(case, context)
         weights = [p.clone() for p in state.modules[0].parameters()]
@@ -207,6 +224,50 @@ def test_a_machine_without_a_gpu_is_refused(base: Case) -> None:
     model = replace(base.model, cuda_graphs=("mlp", "moe_router"))
     with pytest.raises(MachineError, match=r"model.cuda_graphs = \[mlp, moe_router\]: needs a GPU and this run is on"):
         check_machine(model, base.parallel, torch.device("cpu"))
+
+
+def test_segments_that_move_under_nccl_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu = ModelConfig("m", cuda_graphs=("mlp",)), torch.device("cuda")
+    assert graphs_problem(model, gpu) is None
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "set NCCL_GRAPH_REGISTER=0" in str(graphs_problem(model, gpu))
+    assert graphs_problem(ModelConfig("m"), gpu) is None
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    assert graphs_problem(model, gpu) is None
+
+
+def test_parts_that_the_model_has_nowhere(base: Case, experts: Case) -> None:
+    both = ModelConfig("m", cuda_graphs=("mlp", "moe_router"))
+    assert graph_misfits(read_shape(base.folder), both) == [
+        "model.cuda_graphs has moe_router: this model has no experts; write [mlp], or leave it out"
+    ]
+    shape = read_shape(experts.folder)
+    assert shape.experts is not None
+    every = replace(shape, experts=replace(shape.experts, layers=(True,) * shape.num_layers))
+    assert [line.partition(";")[0] for line in graph_misfits(every, both)] == [
+        "model.cuda_graphs has mlp: this model has experts in every layer"
+    ]
+
+
+def test_what_transformer_engine_is_asked_for(base: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its layers, its own function, and the layers that stay in bfloat16."""
+    asked: list[dict[str, Any]] = []
+    engine_module = ModuleType("transformer_engine.pytorch")
+    engine_module.make_graphed_callables = lambda parts, samples, **more: asked.append(more)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine_module)
+    monkeypatch.setattr(mcore_fixes, "have_te", lambda: True)
+    config: Any = SimpleNamespace(
+        fp8="hybrid", num_layers=3, first_last_layers_bf16=True, num_layers_at_start_in_bf16=1,
+        num_layers_at_end_in_bf16=1,
+    )  # fmt: skip
+    layers: Any = [SimpleNamespace(layer_number=number) for number in (1, 2, 3)]
+    context: Any = SimpleNamespace(amax_group=lambda: "group")
+    graphs._make(layers, config, context)((), ())
+    config.fp8 = None
+    graphs._make(layers, config, context)((), ())
+    fp8 = {"enabled": (False, True, False), "recipe": None, "amax_reduction_group": "group"}
+    assert asked == [{"allow_unused_input": True, **fp8}, {"allow_unused_input": True}]
 
 
 def test_replays_run_no_python() -> None:
