@@ -32,10 +32,11 @@ def test_a_rank_is_described(run_file: str, capsys: pytest.CaptureFixture[str]) 
         ("data", 4),
     }
     assert "data.train is not here" in found["assumptions"][0]
-    assert main(["plan", run_file, "--dry-run", "--gpus", "16", *GRID]) == 0
+    assert main(["plan", run_file, "--dry-run", "--gpus", "16", *GRID, "model.cuda_graphs=[mlp]"]) == 0
     text = capsys.readouterr().out
     assert "rank 0 of 16: pipeline stage 0 of 2, tensor rank 0 of 2, data rank 0 of 4" in text
     assert "reduce_scatter   data" in text
+    assert "and CUDA graphs" in text
 
 
 @pytest.mark.parametrize(
