@@ -52,6 +52,7 @@ def culprits(
             part = list(batches[start : start + together])
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
+            state.optimizer.zero_grad()  # a float32 optimizer has made the buffers the weights' own gradients
             results = run_schedule(state.chunks, part, on_last_stage, context, forward_only=False, asked=asked)
             what = _not_finite(state, part, results)
             if what:
