@@ -144,7 +144,10 @@ def capture(
                 _capture_turn(mine, rows, config, make or _make(mine, config, context))
         chunk.zero_grad_buffer()
     size = f", {(_reserved(context) - before) / GIB:.2f} GiB" if context.device.type == "cuda" else ""
-    return f"CUDA graphs {' and '.join(scopes)} of {layers} layers here, {turns} in flight: {2 * turns * layers}{size}"
+    return (
+        f"CUDA graphs of {' and '.join(scopes)}: {layers} layers here, at most {turns} micro-batches in flight, "
+        f"{2 * turns * layers} graphs{size}"
+    )
 
 
 def _scope(layer: GraphedLayer) -> str:

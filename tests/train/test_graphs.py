@@ -3,9 +3,11 @@ what was captured from the memory that a graph has, without running its Python. 
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
@@ -13,6 +15,7 @@ from families_table import COMMON, write
 from tape import Replayed, make_graphed_callables
 from tiny import random_groups, write_llama
 
+from megadpo import checkpoint
 from megadpo.config import ModelConfig
 from megadpo.convert.families import read_shape
 from megadpo.convert.fit import graph_misfits
@@ -24,6 +27,8 @@ from megadpo.objectives import OBJECTIVES
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.parallel.cuda_graphs import graphs_problem, most_in_flight
+from megadpo.train.nonfinite import culprits
+from megadpo.train.step import train_step
 from train import engine
 from train.engine import Case, assemble, build, run
 
@@ -215,9 +220,39 @@ def test_capturing_leaves_nothing_behind(base: Case) -> None:
     assert found["noise"]
     assert found["gradients"] == [0.0]
     assert found["own"] == found["keys"] == []
-    assert found["line"] == "CUDA graphs mlp of 5 layers here, 1 in flight: 10"
+    assert found["line"] == "CUDA graphs of mlp: 5 layers here, at most 1 micro-batches in flight, 10 graphs"
     assert found["rows"].startswith("a stream of other length: torch.Size([39, 1, 32])")
     assert found["moved"] == "weights have moved"
+
+
+def gone_back(device: torch.device, case: Case, run_dir: Path) -> list[Any]:
+    """A step, a checkpoint, a step, back to the checkpoint, the same step again; then the search for culprits."""
+    torch.use_deterministic_algorithms(True)  # what nobody wrote to is NaN
+    with grid(case.parallel, device, seed=1) as context:
+        state, stream = build(case, context)
+        column, found = np.zeros(len(case.store.response_lengths)), []
+
+        def step() -> None:
+            batches = stream.batches(stream.next_groups(state.consumed, case.batch), 0, column)
+            found.append(train_step(state, batches, case.objective, None, context))
+
+        step()
+        checkpoint.save(state, run_dir, 2, 1, context)
+        step()
+        newest = checkpoint.latest(run_dir)
+        assert newest is not None
+        checkpoint.load(state, newest)
+        step()
+        batches = stream.batches(stream.next_groups(0, case.batch), 0, column)
+        assert culprits(state, batches, case.objective, None, context) == []
+        return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_is_loaded_under_the_graphs(base: Case, dtype: str, tmp_path: Path) -> None:
+    case = replace(base, dtype=dtype, distributed=dtype == "bfloat16", graphs=("mlp",))
+    [[_, before, after]] = run_ranks(1, gone_back, case, tmp_path / "run")
+    assert before == after
 
 
 def test_a_machine_without_a_gpu_is_refused(base: Case) -> None:
