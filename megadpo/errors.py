@@ -35,11 +35,16 @@ class StorageError(MegadpoError):
     """The disk: full, read-only, or not shared where it must be."""
 
 
+class DataChangedError(StorageError):
+    """The tokenised data was written to while a run read it. Raised on every rank."""
+
+
 class MachineError(MegadpoError):
     """The machine: a missing or wrong package, too few devices, a fault of Megatron-Core that is not guarded."""
 
 
 class NumericsError(MegadpoError):
-    """A loss or gradient that is not finite, or a reference that does not match; no update was made from it."""
+    """A loss or gradient that is not finite, or a reference that does not match; no update was made from it. Raised on every
+    rank."""
 
     exit_code = 3

@@ -31,6 +31,8 @@ POINTER = "latest"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 NAME = re.compile(r"step-(\d{8,12})")
+MOST = 10**12
+"""Steps and groups are fewer; a name has room for no more."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,15 @@ class Saved:
     total_steps: int
     skipped: int = 0
     """Batches that gave no update, as their numbers were not finite."""
+
+    def problem(self) -> str | None:
+        """What of it no run can have written; None: nothing. It may come from a file."""
+        for name, value in asdict(self).items():
+            if type(value) is not int or not 0 <= value < MOST:
+                return f"{name} = {str(value)[:40]!r} is no whole number from 0 to {MOST - 1}"
+        if self.skipped > self.step:
+            return f"skipped = {self.skipped}, more than the {self.step} steps that were done"
+        return None
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,23 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> Saved:
-    """Raises CheckpointError where state.json is missing or not what megadpo writes."""
+    """Raises CheckpointError where state.json is missing, not what megadpo writes, or of another step than the folder's
+    name says."""
+    path = folder / STATE
     try:
-        return Saved(**json.loads((folder / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / STATE}: {error}; this is not a complete checkpoint of megadpo: remove the folder to go on "
-            "from the one before it"
-        ) from error
+        saved = Saved(**json.loads(path.read_text()))
+        problem = saved.problem()
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        problem = str(error)
+    if problem is None:
+        name = NAME.fullmatch(folder.name)
+        if name is None or int(name[1]) == saved.step:
+            return saved
+        problem = f"step = {saved.step}, and the folder's name says {int(name[1])}"
+    raise CheckpointError(
+        f"{path}: {problem}; this is not a complete checkpoint of megadpo: remove the folder to go on from the one "
+        "before it"
+    )
 
 
 # ---- is it whole?
@@ -139,7 +159,16 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
             found.append(f"{folder / name}: {read.strerror}")
         elif read != manifest[name]:
             found.append(f"{folder / name}: damaged: its SHA-256 is not the one that was written")
-    return found
+    return found or _unlikely(folder)
+
+
+def _unlikely(folder: Path) -> list[str]:
+    """What is wrong with a state whose bytes are those of the manifest."""
+    try:
+        read_state(folder)
+    except CheckpointError as error:
+        return [str(error).partition("; this is not")[0]]
+    return []
 
 
 def hashed(folder: Path, names: Iterable[str]) -> dict[str, Entry | OSError]:

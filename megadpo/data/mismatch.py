@@ -40,8 +40,9 @@ class MismatchedStore(ReferenceColumns):
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def check_unchanged(self) -> None:
-        self._store.check_unchanged()
+    @property
+    def changed(self) -> bool:
+        return self._store.changed
 
     def group(self, number: int) -> TokenizedGroup:
         prompt, answer = self._store.group(self._prompts[number]), self._store.group(self._responses[number])

@@ -174,19 +174,16 @@ class GroupStore(ReferenceColumns):
                 "and prepare the data again"
             )
 
-    def check_unchanged(self) -> None:
-        """Raise StorageError where the mapped file was written to since it was opened. A file that was replaced or
-        deleted stays mapped as it was."""
+    @property
+    def changed(self) -> bool:
+        """Whether the mapped file was written to since it was opened. A file that was replaced or deleted stays mapped
+        as it was."""
         try:
             now = os.stat(self.folder / GROUPS_FILE)
         except OSError:
-            return
+            return False
         before = self._stat
-        if now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise StorageError(
-                f"{self.folder / GROUPS_FILE}: changed while the run was reading it; delete the folder, prepare the "
-                "data again, and go on from the last checkpoint"
-            )
+        return now.st_ino == before.st_ino and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
     def group(self, number: int) -> TokenizedGroup:
         """Group `number`, 0 to G - 1; its ids point into the file and are read-only."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 
 from megadpo import checkpoint
 from megadpo.config import Config
+from megadpo.data.store import GROUPS_FILE
 from megadpo.data.stream import Scored, Stream
-from megadpo.errors import NumericsError
+from megadpo.errors import DataChangedError, NumericsError
 from megadpo.observe.memory import peak_memory
 from megadpo.observe.spikes import Spikes
 from megadpo.parallel.context import ParallelContext
@@ -94,16 +96,33 @@ class Saver:
 
     def advance(self) -> None:
         """Take the checkpoint a stage further; every rank calls it. Raises its StorageError."""
-        assert self._saving is not None
-        folder = self._saving.advance()
-        if folder is not None:
-            self._before, self._saving = self._saving, None
+        saving, self._saving = self._saving, None  # one that failed is over
+        assert saving is not None
+        folder = saving.advance()
+        if folder is None:
+            self._saving = saving
+        else:
+            self._before = saving
             self._log.line(f"saved {folder}")
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if any. Raises its StorageError."""
         while self._saving is not None:
             self.advance()
+
+    @contextmanager
+    def settled_at_a_stop(self, watch: Watchdog) -> Iterator[None]:
+        """What ends training on every rank together waits for the checkpoint that is being written: it is of a step
+        before, and good."""
+        try:
+            yield
+        except (NumericsError, DataChangedError):
+            watch.slowly("saving")
+            try:
+                self.settle()
+            except Exception as error:  # what ends the run is the news
+                self._log.line(f"WARNING    the checkpoint that was being written is lost: {error}")
+            raise
 
 
 def fit(
@@ -138,53 +157,54 @@ def fit(
             log.step({"step": state.step, **_prefixed(sums)})
 
     def end_of_step() -> bool:
-        return _end_of_step(state, length.steps, saver, held_out_metrics, stop_requested, config, context, watch)
+        if _due(config.train.eval_steps, state.step) and state.step < length.steps:
+            held_out_metrics()
+        return _end_of_step(state, length.steps, saver, train.stream, stop_requested, config, context, watch)
 
     if state.step >= length.steps:
         log.line(f"step {state.step} of {length.steps}: this run has reached its end")
         return True
-    drift.at_start(log)
     stopping = False
-    while state.step < length.steps and not stopping:
-        started = time.monotonic()
-        train.stream.store.check_unchanged()
-        portion = portions.at(state.consumed)
-        watch.step(f"step {state.step + 1}")
-        rate = learning_rate(config.optimizer, state.step, length.steps)
-        set_learning_rate(state.optimizer, rate)
-        groups = portion.groups
-        if state.step in left_out:
-            _leave_out(state, len(groups), len(train.stream.store), log)
+    with saver.settled_at_a_stop(watch):
+        drift.at_start(log)
+        while state.step < length.steps and not stopping:
+            started = time.monotonic()
+            portion = portions.at(state.consumed)
+            watch.step(f"step {state.step + 1}")
+            rate = learning_rate(config.optimizer, state.step, length.steps)
+            set_learning_rate(state.optimizer, rate)
+            groups = portion.groups
+            if state.step in left_out:
+                _leave_out(state, len(groups), len(train.stream.store), log)
+                stopping = end_of_step()
+                continue
+            what = (portion.batches, config.objective, portions.resident, context, portion.mismatched, config.seed)
+            try:
+                sums, grad_norm = train_step(state, *what, partial(portions.prepare, state.consumed + len(groups)))
+            except NotFiniteError as error:
+                watch.slowly("the search for what is not finite")
+                found = culprits(state, *what)
+                _decide(error, found, train.stream, state, left_out, config, log)
+                left_out.add(state.step)
+                _rewind(state, error, saver, config, log)
+                continue
+            seconds, memory = time.monotonic() - started, context.most(peak_memory(context.device))
+            drift.log_step(
+                log,
+                {
+                    "step": state.step,
+                    "epoch": state.consumed / len(train.stream.store),
+                    "loss": sums.loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": rate,
+                    **sums.metrics,
+                    "num_scored_tokens": sums.tokens,
+                    **meter.step(portion.bins, sums.tokens, seconds, memory),
+                },
+            )
+            if spike := spikes.note(sums.loss):
+                log.line(f"WARNING    step {state.step}: {spike}; {_named(groups, train.stream)}")
             stopping = end_of_step()
-            continue
-        what = (portion.batches, config.objective, portions.resident, context, portion.mismatched, config.seed)
-        try:
-            sums, grad_norm = train_step(state, *what, partial(portions.prepare, state.consumed + len(groups)))
-        except NotFiniteError as error:
-            watch.slowly("the search for what is not finite")
-            saver.settle()  # the run may end here, and the steps before were good
-            found = culprits(state, *what)
-            _decide(error, found, train.stream, state, left_out, config, log)
-            left_out.add(state.step)
-            _rewind(state, error, saver, config, log)
-            continue
-        seconds, memory = time.monotonic() - started, context.most(peak_memory(context.device))
-        drift.log_step(
-            log,
-            {
-                "step": state.step,
-                "epoch": state.consumed / len(train.stream.store),
-                "loss": sums.loss,
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                **sums.metrics,
-                "num_scored_tokens": sums.tokens,
-                **meter.step(portion.bins, sums.tokens, seconds, memory),
-            },
-        )
-        if spike := spikes.note(sums.loss):
-            log.line(f"WARNING    step {state.step}: {spike}; {_named(groups, train.stream)}")
-        stopping = end_of_step()
     watch.slowly("saving")
     saver.save()
     saver.settle()
@@ -197,16 +217,20 @@ def _end_of_step(
     state: TrainState,
     steps: int,
     saver: Saver,
-    held_out_metrics: Callable[[], None],
+    stream: Stream,
     stop_requested: Callable[[], bool],
     config: Config,
     context: ParallelContext,
     watch: Watchdog,
 ) -> bool:
-    """Evaluate and save where it is due, after a batch that was left out too; whether to stop."""
-    if _due(config.train.eval_steps, state.step) and state.step < steps:
-        held_out_metrics()
-    stopping, writing = context.any_of(stop_requested(), saver.writing)
+    """Save where it is due, after a batch that was left out too; whether to stop. Raises DataChangedError, on every
+    rank and before anything is saved, where any of them sees that the data changed."""
+    stopping, writing, changed = context.any_of(stop_requested(), saver.writing, stream.store.changed)
+    if changed:
+        raise DataChangedError(
+            f"{stream.store.folder / GROUPS_FILE}: changed while the run was reading it; delete the folder, prepare the "
+            "data again, and go on from the last checkpoint"
+        )
     if saver.pending and not writing:
         saver.advance()
     if _due(config.train.save_steps, state.step) and state.step < steps and not stopping:
