@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megadpo.errors import CheckpointError, ConfigError, DataError, MegadpoError
 from megadpo.observe.quiet import quiet
 from megadpo.parallel.ranks import Rank, joined
+from megadpo.parallel.stop import ASKING
 
 if TYPE_CHECKING:
     from megadpo.config import Config
@@ -348,7 +350,9 @@ def _score(options: argparse.Namespace) -> int:
 
     from megadpo.config.decode import load_config
 
-    with tempfile.TemporaryDirectory() as folder:
+    folder = tempfile.mkdtemp(prefix="megadpo-score-")
+    code = 2
+    try:
         settings = {
             "run_dir": f"{folder}/run",
             "model": {"path": options.reward},
@@ -358,7 +362,11 @@ def _score(options: argparse.Namespace) -> int:
         run_file = Path(folder) / "score.yaml"
         run_file.write_text(yaml.safe_dump(settings))
         config = load_config(run_file, options.overrides)
-        return _start(config, partial(_score_rank, options.out))
+        code = _start(config, partial(_score_rank, options.out))
+        return code
+    finally:
+        if code in (0, 2, *(128 + signum for signum in ASKING)):
+            shutil.rmtree(folder, ignore_errors=True)  # else it has the ranks' logs, with the stacks of those that hung
 
 
 def _score_rank(out: str, config: Config, rank: Rank) -> int:
@@ -464,16 +472,20 @@ def _prepare(options: argparse.Namespace) -> int:
     from megadpo.data.kinds import wanted
     from megadpo.data.prepare import prepare
     from megadpo.observe.progress import Screen, Terminal
+    from megadpo.parallel.watchdog import STACKS, Watchdog, and_then, stacks_on_signal
 
     config = _config(options)
     screen = Screen(Terminal())
-    for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if sources:
-            with screen.task(f"{name}: rows", None) as task:
-                store = prepare(sources, config.data, config.model.path, wanted(config), config.batch, task.to)
-            screen.line(f"{name}: {store.folder}")
-            for line in store.report.lines():
-                screen.line(f"  {line}")
+    with Watchdog(config.train.hang_timeout) as watch, stacks_on_signal(STACKS):
+        for name, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+            if sources:
+                with screen.task(f"{name}: rows", None) as task:
+                    end = partial(watch.slowly, f"bringing {name} to the disk")
+                    rows = and_then(task.to, watch.phase(f"tokenising {name}"))
+                    store = prepare(sources, config.data, config.model.path, wanted(config), config.batch, rows, end)
+                screen.line(f"{name}: {store.folder}")
+                for line in store.report.lines():
+                    screen.line(f"  {line}")
     return 0
 
 

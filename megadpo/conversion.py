@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megadpo import checkpoint
-from megadpo.config import Config
+from megadpo.config import Config, TrainConfig
 from megadpo.config.decode import load_config
 from megadpo.convert.exporter import DTYPES, Dtype, export_hf
 from megadpo.convert.families import read_shape
@@ -22,8 +21,12 @@ from megadpo.convert.verify import TOKENS, TOLERANCE, compare, positions, text_i
 from megadpo.errors import CheckpointError, DataError, MachineError, ModelError
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.ranks import joined
+from megadpo.parallel.watchdog import STACKS, Watchdog, stacks_on_signal
 from megadpo.train.card import imported_card
-from megadpo.train.export import export
+from megadpo.train.export import export, watched_percent
+
+DEFAULT = TrainConfig().hang_timeout
+"""Where there is no run file."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def run_import(
     _alone()
     screen = Screen(Terminal())
     text = _text(verify)
-    with screen.task("import: percent", 100) as task:
-        warnings = import_hf(folder, out, dtype, adapter, processes, _percent(task.to))
+    with Watchdog(DEFAULT) as watch, stacks_on_signal(STACKS), screen.task("import: percent", 100) as task:
+        progress = watched_percent(task.to, watch, f"importing {folder}")
+        warnings = import_hf(folder, out, dtype, adapter, processes, progress)
     for warning in warnings:
         screen.line(warning)
     screen.line(f"{folder} imported to {out}")
@@ -73,21 +77,22 @@ def run_export(folder: Path, out: Path, options: ExportOptions, verify: Verifica
     text = _text(verify)
     if is_imported(folder) and options.checkpoint is None:
         weights = folder
-        with screen.task("export: percent", 100) as task:
+        with Watchdog(DEFAULT) as watch, stacks_on_signal(STACKS), screen.task("export: percent", 100) as task:
             export_hf(
                 folder,
                 folder,
                 out,
                 options.dtype,
                 int((options.max_shard_size_gb or 5.0) * 1e9),
-                _percent(task.to),
+                watched_percent(task.to, watch, f"exporting to {out}"),
                 processes=options.processes,
                 files={**small_files(folder), "README.md": imported_card(folder)},
             )
         screen.line(f"{folder} exported to {out}")
     else:
         config, weights = _run(folder, options)
-        export(config, weights, out, processes=options.processes)
+        with Watchdog(config.train.hang_timeout) as watch, stacks_on_signal(STACKS):
+            export(config, weights, out, processes=options.processes, watch=watch)
     return _verify(screen, out, weights, text, verify, _written(out), None) if verify.wanted else 0
 
 
@@ -170,7 +175,3 @@ def _alone() -> None:
             f"import and export are one process that starts its own ({sys.argv[0]} runs as rank {rank.rank} of "
             f"{rank.world_size}): start them without torchrun or srun, with --processes N"
         )
-
-
-def _percent(to: Callable[[int], None]) -> Callable[[int, int], None]:
-    return lambda done, total: to(100 * done // max(total, 1))

@@ -44,7 +44,7 @@ class MachineError(MegadpoError):
 
 
 class NumericsError(MegadpoError):
-    """A loss or gradient that is not finite, or a reference that does not match; no update was made from it. Raised on every
-    rank."""
+    """A loss or gradient that is not finite, or a reference that does not match; no update was made from it. Raised on
+    every rank."""
 
     exit_code = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,7 @@ def _start(counter: Any, stop: Any) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # as in the ranks (parallel/watchdog.py)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _shared[:] = [counter, stop]
 

@@ -9,6 +9,7 @@ from megadpo import errors
 from megadpo.config import Config
 from megadpo.errors import MegadpoError
 from megadpo.launch.worker import Outcome
+from megadpo.parallel.owner import FILE as OWNER
 from megadpo.parallel.watchdog import EXIT_CODE as HUNG
 
 
@@ -65,7 +66,12 @@ def killed(rank: int, exit_code: int, log: Path) -> RankFailedError:
 
 
 def tidy(logs: Path) -> None:
-    """Remove empty logs and folders that this leaves empty: a run that never began leaves nothing."""
+    """Remove empty logs and folders that this leaves empty: a run that never began leaves nothing.
+
+    Not where someone trains: the logs may be that run's, which still writes them.
+    """
+    if (logs.parent / OWNER).exists():
+        return
     for log in logs.glob("rank-*.log"):
         if log.stat().st_size == 0:
             log.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from megadpo.config.decode import to_yaml
 from megadpo.convert.families import read_shape
 from megadpo.errors import ConfigError, MachineError
 from megadpo.files import storage_errors, write_text
+from megadpo.parallel.squeue import job_state
 
 FOLDER = "slurm"
 """Folder of the run folder with what was submitted, and what the job writes about itself."""
@@ -38,8 +39,6 @@ TIME_FORMS = (
 )
 EARLY = 60
 """Seconds by which SLURM may send the signal before its time."""
-ANSWER = 30
-"""Seconds that SLURM gets for an answer."""
 
 
 @dataclass(frozen=True)
@@ -299,18 +298,3 @@ def job_of(run_dir: Path) -> str | None:
     """Number of the job that was last submitted for a run folder."""
     path = run_dir / FOLDER / "job"
     return path.read_text(encoding="utf-8").strip() if path.is_file() else None
-
-
-def job_state(job: str) -> tuple[str | None, str | None]:
-    """(state, reason or nodes) of a job that waits or runs; (None, None) where it is gone or SLURM is not here."""
-    if shutil.which("squeue") is None:
-        return None, None
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T|%R"]  # gives no job that has ended
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ANSWER)
-    except subprocess.TimeoutExpired:
-        return "UNKNOWN", f"squeue gave no answer in {ANSWER} s"
-    if done.returncode and "Invalid job id" not in done.stderr:  # which it says of a job that is long gone
-        return "UNKNOWN", " ".join(done.stderr.split())
-    state, bar, where = done.stdout.strip().partition("|")
-    return (state, where.strip("()")) if bar else (None, None)

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from megadpo.config.decode import load_config
 from megadpo.errors import CheckpointError
-from megadpo.launch.slurm import FOLDER, job_of, job_state
+from megadpo.launch.slurm import FOLDER, job_of
 from megadpo.observe.speed import clock, short
+from megadpo.parallel.owner import Owner, lives, read_owner, this_start
+from megadpo.parallel.squeue import job_state
 
 TAIL = 200_000
 """Bytes of the end of metrics.jsonl that are read."""
@@ -33,8 +35,8 @@ class Status:
     run_dir: str
     state: State
     """waiting: its job is not running. starting: no step since its last start. stale: running, but silent for too
-    long. stopped: nothing runs, and it is not at its end. Of a run without a SLURM job only its files tell, and a
-    stale one may be gone."""
+    long. stopped: nothing runs, and it is not at its end. Of a run without a SLURM job its owner file tells; seen from
+    another machine, a stale one may be gone."""
     step: int
     total_steps: int | None
     loss: float | None
@@ -55,6 +57,8 @@ class Status:
     """Why it waits, or on which nodes it runs."""
     exit_code: int | None
     """Of the last start under SLURM, where it has ended."""
+    owner: str | None
+    """The start that trains in it, as far as is known."""
 
 
 def read_status(run_dir: Path, now: float | None = None) -> Status:
@@ -71,6 +75,9 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     total = total_steps(run_dir, last)
     checkpoint = newest_checkpoint(run_dir)
     job = job_of(run_dir)
+    owner = read_owner(run_dir)
+    if owner is not None and lives(owner, this_start()) is False:
+        owner = None
     state, reason = job_state(job) if job else (None, None)
     heard = [metrics.stat().st_mtime] if steps else []
     silent = now - max(heard + [float(event["time"]) for event in starts[-1:]], default=now)
@@ -78,7 +85,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     left = None if pace is None or total is None else max(0, total - last["step"]) * pace
     return Status(
         run_dir=str(run_dir),
-        state=_state(last.get("step", 0), total, begun, silent, pace, job, state, (run_dir / "export").exists()),
+        state=_state(last.get("step", 0), total, begun, silent, pace, job, state, (run_dir / "export").exists(), owner),
         step=last.get("step", 0),
         total_steps=total,
         loss=last.get("loss"),
@@ -96,6 +103,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
         exit_code=next((event["code"] for event in reversed(events) if event["event"] == "end"), None)
         if events and events[-1]["event"] != "start"
         else None,
+        owner=str(owner).rstrip(",") if owner else None,
     )
 
 
@@ -108,10 +116,11 @@ def _state(
     job: str | None,
     state: str | None,
     exported: bool,
+    owner: Owner | None,
 ) -> State:
     if total is not None and step >= total and (state is None or exported):
         return "finished"
-    if job is not None and state is None:
+    if state is None and (job is not None or owner is None):
         return "stopped"
     if state is not None and state not in ("RUNNING", "COMPLETING", "UNKNOWN"):
         return "waiting"
@@ -177,6 +186,7 @@ def status_lines(status: Status) -> list[str]:
         ),
         ("restarts", str(status.restarts)),
         ("job", _job(status)),
+        ("owner", status.owner),
     ]
     return [f"{name:<12} {text}" for name, text in words if text is not None]
 

@@ -122,6 +122,16 @@ UNWATCHED = Watchdog(0)
 """For what runs without a limit: it never notices anything."""
 
 
+def and_then(show: Callable[[int], None], sign: Callable[[], None]) -> Callable[[int], None]:
+    """For what is told how much is done: shows it, and takes it for a sign of progress."""
+
+    def told(done: int) -> None:
+        show(done)
+        sign()
+
+    return told
+
+
 def _end_helpers() -> None:
     """One that was stopped has to go on for its stack."""
     helpers = multiprocessing.active_children()

@@ -78,7 +78,7 @@ def run_bench(asked: Asked, config: Config, rank: Rank) -> int:
     )
     with ExitStack() as stack:
         if asked.synthetic is None:
-            inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False)
+            inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=None)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megadpo-bench-")))
             inputs = _synthetic_inputs(asked.synthetic, config, shapes, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from megadpo import checkpoint
@@ -14,6 +15,7 @@ from megadpo.data.tokenizer import load_tokenizer, padding_id, tokenizer_files
 from megadpo.errors import StorageError, TokenizerError
 from megadpo.files import storage_errors, write_text
 from megadpo.observe.progress import Screen, Terminal
+from megadpo.parallel.watchdog import UNWATCHED, Watchdog
 from megadpo.train.card import run_card
 
 TEMPLATE = "chat_template.jinja"
@@ -58,7 +60,14 @@ def keep_template(config: Config, source: str) -> None:
         write_text(Path(config.run_dir).expanduser() / TEMPLATE, tokenizer.chat_template)
 
 
-def export(config: Config, source: Path, out: Path, replace: bool = False, processes: int = 1) -> None:
+def export(
+    config: Config,
+    source: Path,
+    out: Path,
+    replace: bool = False,
+    processes: int = 1,
+    watch: Watchdog = UNWATCHED,
+) -> None:
     """Write checkpoint `source` as the Hugging Face folder `out`; no process group, `processes` writers.
 
     The tokenizer is the one that was trained with, the model's own or data.tokenizer. replace: an older `out` goes once
@@ -79,7 +88,7 @@ def export(config: Config, source: Path, out: Path, replace: bool = False, proce
             fresh,
             config.export.dtype,
             int(config.export.max_shard_size_gb * 1e9),
-            lambda done, total: task.to(100 * done // total),
+            watched_percent(task.to, watch, f"exporting to {out}"),
             reward,
             processes,
             beside_the_weights(config, source),
@@ -88,6 +97,22 @@ def export(config: Config, source: Path, out: Path, replace: bool = False, proce
             shutil.rmtree(out, ignore_errors=True)
             fresh.replace(out)
     screen.line(f"{source} exported to {out}")
+
+
+def watched_percent(to: Callable[[int], None], watch: Watchdog, doing: str) -> Callable[[int, int], None]:
+    """For a conversion to call with (bytes done, bytes in all): shows the percentage, and is a sign of progress
+    whenever there are more bytes than before. One tensor may take long, so each gets the time of what is slow."""
+    watch.slowly(doing)
+    before = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal before
+        to(100 * done // max(total, 1))
+        if done > before:
+            before = done
+            watch.slowly(doing)
+
+    return progress
 
 
 def beside_the_weights(config: Config, source: Path) -> dict[str, Path | str]:

@@ -26,6 +26,7 @@ from megadpo.objectives.names import name_of
 from megadpo.observe.log import write_run_files
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.context import from_first_rank
+from megadpo.parallel.owner import Ownership
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.watchdog import UNWATCHED, Watchdog
 from megadpo.train import identity
@@ -115,14 +116,22 @@ def _incomparable(policy: ModelShape, reference: ModelShape, config: Config) -> 
 
 
 def read_inputs(
-    config: Config, shapes: Shapes, rank: Rank, on_gpu: bool, training: bool, watch: Watchdog = UNWATCHED
+    config: Config,
+    shapes: Shapes,
+    rank: Rank,
+    on_gpu: bool,
+    training: Ownership | None,
+    watch: Watchdog = UNWATCHED,
 ) -> Inputs:
     """Check and prepare everything on rank 0; the other ranks wait outside any collective and open what it made.
 
-    training: also claim the run folder, last, so that a start that is refused leaves no trace in it.
+    training: of the run folder, to be taken first; the folder is claimed last, so that a start that is refused leaves
+    no trace in it. None: nothing is trained.
     """
 
     def first(sign: Callable[[], None]) -> str:
+        if training is not None:
+            training.take(Screen(Terminal(sys.__stdout__)).line)
         stores = _prepare(config, shapes, watch, sign)
         watch.slowly("checking the data")
         ranks = rank.world_size // (
@@ -131,11 +140,11 @@ def read_inputs(
         every = [store for store in stores if store is not None]
         # The budget fits, and mismatched responses can be had.
         streams = open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)
-        if training:
+        if training is not None:
             mismatched_streams(config, streams, [run_length(config, len(every[0])).groups, None])
         else:
             mismatched_streams(config, streams[1:], [None])
-        if training:
+        if training is not None:
             for store in every:
                 store.check_bytes()
             _claim(config, every[0])

@@ -228,8 +228,8 @@ def _end_of_step(
     stopping, writing, changed = context.any_of(stop_requested(), saver.writing, stream.store.changed)
     if changed:
         raise DataChangedError(
-            f"{stream.store.folder / GROUPS_FILE}: changed while the run was reading it; delete the folder, prepare the "
-            "data again, and go on from the last checkpoint"
+            f"{stream.store.folder / GROUPS_FILE}: changed while the run was reading it; delete the folder, prepare "
+            "the data again, and go on from the last checkpoint"
         )
     if saver.pending and not writing:
         saver.advance()

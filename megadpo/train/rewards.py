@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from megadpo.model.build import build_chunks
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.context import from_first_rank, grid, join_world
 from megadpo.parallel.ranks import Rank
+from megadpo.parallel.watchdog import Watchdog, and_then
 from megadpo.train.inputs import read_shapes
 from megadpo.train.loop import groups_per_pass
 from megadpo.train.score import score_groups
@@ -36,31 +38,39 @@ def run_scoring(config: Config, out: str, rank: Rank) -> int:
     folder, target = Path(config.model.path).expanduser(), Path(out).expanduser()
     if shape.head != "scalar":
         raise ModelError(f"{folder}: is no reward model (docs/reward_model.md); train one with loss_type: reward")
-    device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     screen = Screen(Terminal(sys.__stdout__))
+    with Watchdog(config.train.hang_timeout) as watch:
+        device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
 
-    def prepared(sign: Callable[[], None]) -> str:
-        check_out(target)
-        check_hf(shape, folder)
-        check_vocabulary(
-            load_tokenizer(config.data.tokenizer or str(folder), config.data.chat_template), shape.vocab_size
-        )
-        with screen.task("rows", None) as task:
-            wanted = Wanted(kind=None, scalar=True)
-            return str(prepare(config.data.train, config.data, str(folder), wanted, config.batch, task.to).folder)
+        def prepared(sign: Callable[[], None]) -> str:
+            check_out(target)
+            check_hf(shape, folder)
+            check_vocabulary(
+                load_tokenizer(config.data.tokenizer or str(folder), config.data.chat_template), shape.vocab_size
+            )
+            got_on = watch.phase("tokenising")
+            with screen.task("rows", None) as task:
+                wanted = Wanted(kind=None, scalar=True)
+                rows = and_then(and_then(task.to, got_on), sign)
+                end = partial(watch.slowly, "bringing the tokenised data to the disk")
+                store = prepare(config.data.train, config.data, str(folder), wanted, config.batch, rows, end)
+            return str(store.folder)
 
-    store = GroupStore.open(from_first_rank(rank.rank, rank.world_size, prepared))
-    with grid(config.parallel, device, config.seed) as context:
-        [stream] = open_streams(
-            config, [store], context.data_size, shape.attended_pair_cost, fixed_length=device.type == "cuda"
-        )
-        chunks = build_chunks(shape, config.parallel, context, config.model)
-        load_hf(chunks, shape, folder)
-        groups = np.arange(len(store))
-        with screen.task("rewards: groups", len(groups)) as task:
-            progress = task.to if context.is_first else lambda done: None
-            column = score_groups(chunks, stream, groups, groups_per_pass(config), context, progress)
-    dist.destroy_process_group()
+        waiting = partial(watch.slowly, "rank 0, which prepares the data,")
+        waiting()
+        store = GroupStore.open(from_first_rank(rank.rank, rank.world_size, prepared, waiting))
+        with grid(config.parallel, device, config.seed) as context:
+            [stream] = open_streams(
+                config, [store], context.data_size, shape.attended_pair_cost, fixed_length=device.type == "cuda"
+            )
+            got_on = watch.phase(f"loading {folder}")
+            chunks = build_chunks(shape, config.parallel, context, config.model)
+            load_hf(chunks, shape, folder, got_on)
+            groups = np.arange(len(store))
+            with screen.task("rewards: groups", len(groups)) as task:
+                progress = and_then(task.to if context.is_first else lambda done: None, watch.phase("scoring"))
+                column = score_groups(chunks, stream, groups, groups_per_pass(config), context, progress)
+        dist.destroy_process_group()
     if rank.rank == 0:
         spans = zip(store.offsets, store.offsets[1:], strict=False)
         scores = {store.group(g).origin: tuple(column[a:b].tolist()) for g, (a, b) in enumerate(spans)}

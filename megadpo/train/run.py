@@ -29,6 +29,7 @@ from megadpo.observe.log import RunLog
 from megadpo.observe.versions import package_warnings, versions
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import ParallelContext, grid, join_world
+from megadpo.parallel.owner import Ownership
 from megadpo.parallel.ranks import Rank
 from megadpo.parallel.stop import StopSignal
 from megadpo.parallel.user_buffers import start_user_buffers
@@ -62,21 +63,21 @@ def run_training(config: Config, rank: Rank) -> int:
     """Train, or go on from the run folder's newest checkpoint, then export; the exit code of this process."""
     shapes = read_shapes(config, rank.world_size)
     run_dir = Path(config.run_dir).expanduser()
-    with Watchdog(config.train.hang_timeout) as watch:
+    with Ownership(run_dir) as owned, Watchdog(config.train.hang_timeout) as watch:
         device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
         check_machine(config.model, config.parallel, device)
-        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=True, watch=watch)
+        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=owned, watch=watch)
         length = run_length(config, len(inputs.train))
         with (
             grid(config.parallel, device, config.seed) as context,
             RunLog(run_dir, length.steps, config, enabled=context.is_first) as log,
         ):
             code = _train(config, inputs, context, log, watch)
-    dist.destroy_process_group()
-    if code == 0 and rank.rank == 0 and config.export.enabled:
-        newest = checkpoint.latest(run_dir)
-        assert newest is not None
-        export(config, newest, export_target(config), replace=config.export.path is None)
+        dist.destroy_process_group()
+        if code == 0 and rank.rank == 0 and config.export.enabled:
+            newest = checkpoint.latest(run_dir)
+            assert newest is not None
+            export(config, newest, export_target(config), replace=config.export.path is None, watch=watch)
     return code
 
 
@@ -296,7 +297,7 @@ def run_evaluation(config: Config, checkpoint_dir: str | None, kl: bool, rank: R
     with Watchdog(config.train.hang_timeout) as watch:
         device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
         check_machine(config.model, config.parallel, device)
-        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=False, watch=watch)
+        inputs = read_inputs(config, shapes, rank, device.type == "cuda", training=None, watch=watch)
         with (
             grid(config.parallel, device, config.seed) as context,
             RunLog(run_dir, 0, config, enabled=context.is_first) as log,
