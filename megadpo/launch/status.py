@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,9 +75,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     total = total_steps(run_dir, last)
     checkpoint = newest_checkpoint(run_dir)
     job = job_of(run_dir)
-    owner = read_owner(run_dir)
-    if owner is not None and lives(owner, this_start()) is False:
-        owner = None
+    owner = _owner(run_dir)
     state, reason = job_state(job) if job else (None, None)
     heard = [metrics.stat().st_mtime] if steps else []
     silent = now - max(heard + [float(event["time"]) for event in starts[-1:]], default=now)
@@ -85,7 +83,7 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     left = None if pace is None or total is None else max(0, total - last["step"]) * pace
     return Status(
         run_dir=str(run_dir),
-        state=_state(last.get("step", 0), total, begun, silent, pace, job, state, (run_dir / "export").exists(), owner),
+        state=_state(last.get("step", 0), total, begun, silent, pace, state, (run_dir / "export").exists(), owner),
         step=last.get("step", 0),
         total_steps=total,
         loss=last.get("loss"),
@@ -107,20 +105,25 @@ def read_status(run_dir: Path, now: float | None = None) -> Status:
     )
 
 
+def _owner(run_dir: Path) -> Owner | None:
+    """The start that has the folder, unless it is known to be dead; asked from inside its own job, too."""
+    there = read_owner(run_dir)
+    return None if there is None or lives(there, replace(this_start(), job=None)) is False else there
+
+
 def _state(
     step: int,
     total: int | None,
     begun: bool,
     silent: float,
     pace: float | None,
-    job: str | None,
     state: str | None,
     exported: bool,
     owner: Owner | None,
 ) -> State:
     if total is not None and step >= total and (state is None or exported):
         return "finished"
-    if state is None and (job is not None or owner is None):
+    if state is None and owner is None:
         return "stopped"
     if state is not None and state not in ("RUNNING", "COMPLETING", "UNKNOWN"):
         return "waiting"

@@ -105,6 +105,17 @@ def from_another(folder: Path) -> None:
     shutil.copyfile(folder.with_name("step-00000001") / name, folder / name)
 
 
+def state_of(**changed: object) -> Callable[[Path], object]:
+    """state.json with these values, and a manifest that fits it: what a fault of the writer's would leave."""
+
+    def harm(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | changed))
+        reseal(folder)
+
+    return harm
+
+
 def folder_for_shard(folder: Path) -> None:
     shard = shards(folder)[0]
     shard.unlink()
@@ -136,6 +147,18 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         lambda data: data.__setitem__(slice(None), data.replace(b'"common.pt"', b'"other.pt"')),
     ),
     "a folder instead of a shard": folder_for_shard,
+    "the state of another step, with its manifest": state_of(step=3),
+    "a step below 0": state_of(step=-1),
+    "a step that is text": state_of(step="2"),
+    "a place that is no whole number": state_of(consumed=2.5),
+    "true for a number": state_of(total_steps=True),
+    "a place beyond all data": state_of(consumed=10**300),
+    "more batches skipped than done": state_of(skipped=3),
+    "a state that lacks a number": lambda folder: (
+        (folder / "state.json").write_text('{"step": 2, "consumed": 10}'),
+        reseal(folder),
+    ),
+    "a state without a bottom": lambda folder: ((folder / "state.json").write_text("[" * 100_000), reseal(folder)),
 }
 
 
@@ -273,7 +296,7 @@ def attack(device: torch.device, case: Case, whole: Path, scratch: Path) -> list
                     else:
                         pickle.dump(hostile, file)
                 reseal(folder)
-                assert not checkpoint.damage(folder)
+                assert not checkpoint.damage(folder) or name == "state.json", "the manifest fits"
                 for way, target in ((checkpoint.load, state), (checkpoint.load_weights, state.modules)):
                     try:
                         way(target, folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from megadpo.cli import main
 from megadpo.launch.status import read_status
+from megadpo.parallel.owner import Owner, this_start
 
 NOW = 1_000_000.0
 
@@ -40,10 +42,16 @@ def write(folder: Path, records: int, seconds: float = 2.0, age: float = 5.0, **
         metrics = run / "metrics.jsonl"
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "half')
         os.utime(metrics, (NOW - age, NOW - age))
+    own(run, this_start())
     return run
 
 
+def own(run: Path, owner: Owner) -> None:
+    (run / "owner.json").write_text(json.dumps(asdict(owner)))
+
+
 def attempts(run: Path, *events: tuple[str, float, int | None]) -> None:
+    (run / "owner.json").unlink()
     (run / "slurm").mkdir()
     (run / "slurm" / "job").write_text("17\n")
     lines = [{"event": event, "time": NOW - age, "code": code} for event, age, code in events]
@@ -67,6 +75,19 @@ def test_a_local_run(tmp_path: Path) -> None:
 )
 def test_silent_for_too_long(tmp_path: Path, seconds: float, age: float, state: str) -> None:
     assert read_status(write(tmp_path, 3, seconds, age, max_steps=10), NOW).state == state
+
+
+def test_whose_run_it_is(tmp_path: Path) -> None:
+    """Without SLURM: nobody's, a live process's, a dead one's, and one's on another machine, of which nobody knows."""
+    run, me = write(tmp_path, 3, age=500, max_steps=10), this_start()
+    status = read_status(run, NOW)
+    assert (status.state, status.owner) == ("stale", f"process {os.getpid()} on {me.host}, started {me.since}")
+    own(run, replace(me, machine="another", job=None))
+    assert read_status(run, NOW).state == "stale"
+    own(run, replace(me, started=me.started + 1))
+    assert (read_status(run, NOW).state, read_status(run, NOW).owner) == ("stopped", None)
+    (run / "owner.json").unlink()
+    assert read_status(run, NOW).state == "stopped"
 
 
 def test_the_end(tmp_path: Path) -> None:
