@@ -42,25 +42,34 @@ class Row:
 
 
 def kills(seconds: float) -> str:
-    from trials import kill_at_every_call, kill_during_save, kill_small_saves, real_files
+    from distributed import run_ranks
+    from trials import SCENES, Kills, kill_at_every_call, kill_at_random
+
+    def both(work: Callable[..., Kills], *arguments: object) -> Kills:
+        """By two processes, each with jobs of its own."""
+        one, other = run_ranks(2, work, Path(folder), *arguments, timeout=10 * seconds + 600)
+        return one.add(other)
 
     # in memory where there is such a place: a kill does not reach the disk, and more of them fit into the time
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        folder = Path(name)
-        real = kill_during_save(folder, kills=10_000, seconds=seconds * 0.65, seed=1)
-        files = real_files(folder / "run")
-        calls = kill_at_every_call(folder, files)
-        small = kill_small_saves(folder, files, most=10_000, seconds=seconds * 0.25, seed=2)
-    lost = real.lost + calls.lost + small.lost
-    damaged = real.damaged + calls.damaged + small.damaged
-    for line in lost + damaged:
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        random = both(kill_at_random, ["1", "data", "tensor"], 100_000, seconds * 0.5, 1)
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        calls = both(kill_at_every_call, ["1"], SCENES, seconds * 0.35, 1)
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        calls = calls.add(both(kill_at_every_call, ["data", "tensor"], SCENES[:1], seconds * 0.15, 3))
+    every = random.add(calls)
+    for line in every.lost + every.damaged:
         print(f"  {line}")
+    two = sum(count for how, count in every.how.items() if not how.startswith("1 rank"))
+    background = sum(count for how, count in every.how.items() if how.endswith("in the background"))
+    part = f" (time ran out in {calls.unfinished} scenes)" if calls.unfinished else ""
     return (
-        f"{real.kills + calls.kills + small.kills} kills: {real.kills} at random instants of real saves (half of them "
-        f"in the background, {real.saves} saves returned), {small.kills} at random instants while a real checkpoint's "
-        f"files are saved, {calls.kills} one before every call that changes the folder; {len(lost)} newest "
-        f"checkpoints lost, {len(damaged)} listed ones damaged"
+        f"{every.kills} kills of megadpo's own saves, with engine, optimizer and gloo ranks of a small Llama: {two} of "
+        f"jobs of two ranks (tensor 2 or data 2), {background} in the background, two checkpoints kept; {random.kills} "
+        f"at random instants, {random.saves} saves were reported between them; {calls.kills} one before every call "
+        f"that changes the folder, with two ranks every third{part}. {len(every.lost)} newest checkpoints lost (each "
+        f"was loaded, and every number was its step's), {len(every.damaged)} listed ones damaged"
     )
 
 
@@ -72,9 +81,11 @@ def resumes(seconds: float) -> str:
         result = kill_and_resume(Path(name), runs=1000, seconds=seconds, seed=3)
     for line in result.different[:5]:
         print(f"  {line}")
+    how = ", ".join(f"{count} on {on}" for on, count in sorted(result.how.items()))
     return (
-        f"{result.resumes} resumes in {result.runs} runs killed up to three times each; {len(result.different)} differ "
-        "(every step's groups, loss and gradient norm; weights, masters and moments at the end)"
+        f"{result.resumes} resumes in {result.runs} runs killed up to three times each ({how}); "
+        f"{len(result.different)} differ (every step's groups, loss and gradient norm; weights, masters and moments at "
+        "the end)"
     )
 
 

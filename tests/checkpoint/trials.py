@@ -3,6 +3,7 @@
 Everything that is killed is megadpo itself: its engine with a small model, its optimizer, its saves, in gloo ranks.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -73,6 +74,8 @@ class Kills:
     """What the kill left in the folder; shows where it struck."""
     how: Counter = field(default_factory=Counter)
     """Kills by what was killed."""
+    unfinished: int = 0
+    """Scenes of which time ran out before every call was struck."""
 
     def add(self, other: "Kills") -> "Kills":
         return Kills(
@@ -82,6 +85,7 @@ class Kills:
             self.damaged + other.damaged,
             self.found + other.found,
             self.how + other.how,
+            self.unfinished + other.unfinished,
         )
 
 
@@ -234,6 +238,7 @@ def stem(case: Case, rank: int, ranks: int, meeting: str, listening: int, said: 
     with quiet(), grid(case.parallel, meet_again(rank, ranks, meeting), 0) as context:
         state, stream = build(case, context)
         first_step(state, stream, case, context)
+        gc.freeze()  # so that a fork does not copy what it never changes
         text = b""
         while more := os.read(listening, 65536):
             *lines, text = (text + more).split(b"\n")
@@ -332,6 +337,7 @@ class Checker:
     def __init__(self, case: Case, context: ParallelContext) -> None:
         self._state, stream = build(case, context)
         first_step(self._state, stream, case, context)
+        gc.freeze()  # Megatron-Core collects garbage at every load, and there is much here that is none
 
     def look(self, run_dir: Path, least: int, kills: Kills, what: str) -> int:
         """Count what is wrong; the newest step that is there. least: the newest step that was reported as saved."""
@@ -417,6 +423,7 @@ def scene(before: str, template: Path, run_dir: Path) -> None:
     """A run folder ahead of the save of step 4, with the two before. template: has the checkpoints 2, 3 and 4."""
     for step in (2, 3, 4):
         shutil.copytree(template / f"kept-{step}", run_dir / "checkpoints" / checkpoint_name(step))
+    shutil.copyfile(template / "checkpoints" / "latest", run_dir / "checkpoints" / "latest")
     fourth = run_dir / "checkpoints" / checkpoint_name(4)
     if before == "leftovers":
         shutil.copytree(fourth, fourth.with_name(fourth.name + ".partial"))
@@ -445,26 +452,37 @@ def kill_at_every_call(
                 for background in (False, True):
                     for rank in range(job.ranks):
                         turn += 1
-                        if turn % many == me and time.monotonic() < end:
-                            what = (before, background, rank, stride)
+                        if turn % many == me:
+                            what = (before, background, rank, stride, end)
                             result = result.add(_every_call(job, checker, template, folder / f"calls-{me}", *what))
     return result
 
 
 def _every_call(
-    job: Job, checker: Checker, template: Path, folder: Path, before: str, background: bool, rank: int, stride: int
+    job: Job,
+    checker: Checker,
+    template: Path,
+    folder: Path,
+    before: str,
+    background: bool,
+    rank: int,
+    stride: int,
+    end: float,
 ) -> Kills:
     kills, number, struck = Kills(), 1, True
     while struck:
+        if time.monotonic() > end:
+            kills.unfinished += 1
+            break
         run_dir = folder / "scene"
         scene(before, template, run_dir)
         running = job.begin(run_dir, 3, background, count=1, strike=(rank, number))
         running.end()
         struck = not running.saved
         what = f"{job.name}, {before}, call {number} of rank {rank}"
-        whole = [path for path in checkpoint.checkpoints(run_dir) if not checkpoint.damage(path)]
         if before == "a damaged one of the same step":
             # it may still be listed; a start passes it over (test_damage.py)
+            whole = [path for path in checkpoint.checkpoints(run_dir) if not checkpoint.damage(path)]
             if not whole or (running.saved and whole[-1].name != checkpoint_name(4)):
                 kills.lost.append(f"{what}: no whole checkpoint")
         else:
