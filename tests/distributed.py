@@ -52,18 +52,17 @@ def run_ranks(
 
 def _wait(ranks: list, folder: Path, timeout: float) -> None:
     end = time.monotonic() + timeout
-    while any(process.is_alive() for process in ranks):
+    running = True
+    while running:
+        running = any(process.is_alive() for process in ranks)  # asked first, so that the last look sees every end
         for rank, process in enumerate(ranks):
             if process.exitcode not in (None, 0):
                 error = folder / f"{rank}.error"
                 text = error.read_text() if error.exists() else f"killed, exit code {process.exitcode}"
                 raise AssertionError(f"rank {rank}: {text}")
-        if time.monotonic() > end:
+        if running and time.monotonic() > end:
             raise AssertionError(f"ranks still running after {timeout} s")
         time.sleep(0.02)
-    for rank, process in enumerate(ranks):
-        if process.exitcode:
-            raise AssertionError(f"rank {rank}: " + (folder / f"{rank}.error").read_text())
 
 
 def _rank(rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple) -> None:
