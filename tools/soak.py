@@ -115,7 +115,9 @@ def tests(*chosen: str, **environment: str) -> tuple[int, int, dict[str, list[st
 
 def resharded(_: float) -> str:
     _, failed, found = tests("tests/checkpoint/test_checkpoint.py", "-k", "every_pair")
-    return f"{sum(map(int, found.get('pairs', [])))} pairs of grids equal; {failed} tests failed"
+    kinds = found.get("pairs", [])
+    pairs = sum(int(kind.split()[0]) for kind in kinds)
+    return f"{pairs} pairs of grids equal, weights too ({', '.join(kinds)}); {failed} tests failed"
 
 
 def faults(_: float) -> str:

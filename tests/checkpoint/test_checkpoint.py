@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
+from families_table import write
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from tiny import random_groups, write_llama
 from train.engine import Case, build, pieces
 
@@ -58,17 +61,15 @@ def train(
 
 
 def optimizer_state(state: Any) -> dict[str, torch.Tensor]:
-    """Masters and both moments of every parameter, whole over the data-parallel ranks, by global name; here only the
-    parts of this rank, with their place."""
+    """Weights, masters and both moments of every parameter, by global name; here only the parts of this rank, with
+    their place. (Masters of float32 weights are the weights where the optimizer is not distributed.)"""
     model = {f"model{i}": m.sharded_state_dict(metadata=dict(checkpoint.METADATA)) for i, m in enumerate(state.modules)}
     sharded = state.optimizer.sharded_state_dict(model, metadata=dict(checkpoint.METADATA))
     found = {}
-    for tensors in sharded["param_state"].values():
-        for tensor in tensors.values():
-            for part in tensor.build() if hasattr(tensor, "build") else [tensor]:
-                parts = part if isinstance(part, list) else [part]
-                for piece in parts:
-                    found[f"{piece.key}@{piece.global_offset}+{tuple(piece.local_shape)}"] = piece.data.clone()
+    for entry in [*nested_values(model), *nested_values(sharded)]:
+        for piece in nested_values([entry.build()]) if isinstance(entry, ShardedTensorFactory) else [entry]:
+            if isinstance(piece, ShardedTensor):
+                found[f"{piece.key}@{piece.global_offset}+{tuple(piece.local_shape)}"] = piece.data.detach().clone()
     return found
 
 
@@ -105,13 +106,14 @@ def boxes(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def on_another_grid(want: dict[str, torch.Tensor], ranks: int, layout: Case, run_dir: Path) -> Any:
-    """Load on a grid and train to step 4; masters and moments are equal element by element. Its losses."""
+    """Load on a grid and train to step 4; weights, masters and moments are equal element by element. Its losses."""
     loaded = run_ranks(ranks, train, layout, run_dir, 4, False)
     assert loaded[0]["from"] == 2
     got = boxes([r["state"] for r in loaded])
     assert got.keys() == want.keys()
     for name, value in want.items():
-        rows = min(len(value), len(got[name])) if "embedding" in name else None  # padded to the tensor-parallel size
+        padded = "embedding" in name or "output_layer" in name  # to the tensor-parallel size
+        rows = min(len(value), len(got[name])) if padded else None
         assert torch.equal(got[name][:rows], value[:rows]), f"{name} on {layout}"
     return loaded[0]["losses"]
 
@@ -121,7 +123,7 @@ def test_another_grid_gets_the_same_masters_and_moments(case: Case, tmp_path: Pa
     source = replace(case, tensor=2, sequence=True, overlap=True, bucket_size=600)
     want = boxes([r["state"] for r in run_ranks(4, train, source, tmp_path / "run", 2, True)])
     after = run_ranks(4, train, source, tmp_path / "run", 4, False)[0]["losses"]
-    assert len(want) == 3 * 8, "masters and two moments of embedding, final norm and six stacked layer weights"
+    assert len(want) == 4 * 8, "weights, masters, two moments of embedding, final norm, six stacked layer weights"
     assert all(not torch.isnan(value).any() for value in want.values())
     for ranks, layout in (
         (1, case),
@@ -133,25 +135,45 @@ def test_another_grid_gets_the_same_masters_and_moments(case: Case, tmp_path: Pa
         assert np.allclose(on_another_grid(want, ranks, layout, tmp_path / "run"), after, rtol=1e-5)
 
 
+def kinds_of_run(case: Case, folder: Path) -> dict[str, tuple[float, list[tuple[int, Case]]]]:
+    """By name: how far losses may differ between grids, and the grids with their ranks."""
+    half, plain = replace(case, dtype="bfloat16"), replace(case, distributed=False)
+    experts = replace(case, folder=write("mixtral", folder / "mixtral"), learning_rate=1e-4)
+
+    def three(one: Case, split: dict[str, Any], other: dict[str, Any]) -> list[tuple[int, Case]]:
+        return [(1, one), (2, replace(one, **split)), (2, replace(one, **other))]
+
+    tensor = {"tensor": 2, "sequence": True}
+    return {
+        "tied float32": (
+            1e-5,
+            [
+                (1, case),
+                (2, replace(case, tensor=2, sequence=True)),
+                (2, replace(case, pipeline=2, bucket_size=600)),
+                (4, replace(case, tensor=2, pipeline=2, virtual=2)),
+                (4, replace(case, tensor=2, overlap=True, bucket_size=600)),
+            ],
+        ),
+        "experts": (1e-4, three(experts, {"expert": 2}, tensor)),
+        "bfloat16 with float32 masters": (2e-2, three(half, tensor, {"pipeline": 2})),
+        "optimizer not distributed": (1e-5, three(plain, tensor, {"pipeline": 2})),
+    }
+
+
 @pytest.mark.slow
 def test_every_pair_of_grids(case: Case, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    """From each of four grids to each of the others, data parallelism, pipelines and virtual stages among them."""
-    grids = [
-        (1, case),
-        (2, replace(case, tensor=2, sequence=True)),
-        (2, replace(case, pipeline=2, bucket_size=600)),
-        (4, replace(case, tensor=2, pipeline=2, virtual=2)),
-        (4, replace(case, tensor=2, overlap=True, bucket_size=600)),
-    ]
-    pairs = 0
-    for number, (ranks, source) in enumerate(grids):
-        run_dir = tmp_path / str(number)
-        want = boxes([r["state"] for r in run_ranks(ranks, train, source, run_dir, 2, True)])
-        losses = [on_another_grid(want, *other, run_dir) for other in grids if other[1] is not source]
-        assert all(np.allclose(one, losses[0], rtol=1e-5) for one in losses)
-        pairs += len(losses)
-    assert pairs >= 12
-    record_property("pairs", pairs)
+    """From each grid of a kind of run to each of the others: data, tensor, expert and pipeline parallelism and virtual
+    stages among them."""
+    for kind, (noise, grids) in kinds_of_run(case, tmp_path).items():
+        pairs = 0
+        for number, (ranks, source) in enumerate(grids):
+            run_dir = tmp_path / f"{kind}-{number}"
+            want = boxes([r["state"] for r in run_ranks(ranks, train, source, run_dir, 2, True)])
+            losses = [on_another_grid(want, *other, run_dir) for other in grids if other[1] is not source]
+            assert all(np.allclose(one, losses[0], rtol=noise) for one in losses), kind
+            pairs += len(losses)
+        record_property("pairs", f"{pairs} {kind}")
 
 
 def test_bfloat16_keeps_its_float32_masters(case: Case, tmp_path: Path) -> None:

@@ -78,6 +78,24 @@ def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path
         loop.train_step = original
 
 
+@contextmanager
+def slow_saves() -> Iterator[None]:
+    """Inside, what is written in the background takes longer than a step."""
+    import megadpo.checkpoint.saving as saving
+
+    original = saving._low_priority
+
+    def and_wait() -> None:
+        original()
+        time.sleep(1)
+
+    saving._low_priority = and_wait
+    try:
+        yield
+    finally:
+        saving._low_priority = original
+
+
 few, many = pytest.param, partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -350,7 +368,7 @@ def groups_of_step(run: Run, number: int) -> list[int]:
 )
 def test_stop_names_rank_and_groups(run: Run, where: str, value: float, capfd: pytest.CaptureFixture[str]) -> None:
     bad = groups_of_step(run, 3)
-    with poisoned(set(bad), 1, value, where):
+    with poisoned(set(bad), 1, value, where), slow_saves():
         # what the step before began to write in the background is finished first
         assert run.train(f"train.async_save={'true' if where == 'loss' else 'false'}") == 3
     error = capfd.readouterr().err
@@ -429,9 +447,12 @@ def test_the_store_changes_under_the_run(run: Run, capfd: pytest.CaptureFixture[
             file.seek(100)
             file.write(b"x")
 
-    with in_step(3, 0, write, once=run.folder / "happened"):
-        assert run.train() == 2
+    with in_step(3, 0, write, once=run.folder / "happened"), slow_saves():
+        assert run.train("train.async_save=true") == 2
     assert "groups.arrow: changed while the run was reading it" in capfd.readouterr().err
+    newest = checkpoint.latest(run.run_dir)
+    assert newest is not None, "what was being written is finished first"
+    assert newest.name == "step-00000002"
     assert run.train() == 2, "and its checksum does not fit any more"
     assert "groups.arrow: damaged: its SHA-256" in capfd.readouterr().err
 
@@ -589,6 +610,38 @@ def test_a_clock_that_jumps(run: Run, by: float, monkeypatch: pytest.MonkeyPatch
         assert run.train() == 0
     steps_once(run)
     assert all(r["seconds"] > 0 for r in metrics(run.run_dir))
+
+
+# ---- two starts
+
+
+def test_a_second_start_and_one_after_a_kill(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """While one trains, another in its run folder is refused and does it no harm. Its launcher killed, the next one
+    goes on at once."""
+    with in_step(3, 0, lambda context: time.sleep(600), once=run.folder / "happened"):
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            os._exit(run.train())
+    end = time.monotonic() + 200
+    while checkpoint.latest(run.run_dir) is None and time.monotonic() < end:
+        time.sleep(0.05)
+    before = (run.run_dir / "metrics.jsonl").read_bytes()
+    (run.run_dir / "checkpoints" / "step-00000009.partial").mkdir()
+    capfd.readouterr()
+    assert run.train() == 2
+    error = capfd.readouterr().err
+    assert re.search(r"run_dir = \S+/run: process \d+ on \S+, started .*, trains in it already", error), error
+    assert error.count("\n") == 1
+    assert (run.run_dir / "checkpoints" / "step-00000009.partial").is_dir()
+    assert (run.run_dir / "metrics.jsonl").read_bytes() == before
+    assert (run.run_dir / "logs" / "rank-1.log").exists(), "logs that are empty so far are the other's to write"
+    os.kill(child, signal.SIGKILL)
+    assert run.train() == 0
+    os.waitpid(child, 0)
+    assert "no longer lives: this start takes" in capfd.readouterr().out
+    steps_once(run)
+    assert not (run.run_dir / "owner.json").exists()
 
 
 @pytest.mark.slow
