@@ -187,7 +187,8 @@ class Running:
                 if word == "rank":
                     rank, pid = map(int, numbers)
                     self.pids[rank] = pid
-                    self._watched[rank] = os.pidfd_open(pid)
+                    with suppress(ProcessLookupError):  # it has struck already
+                        self._watched[rank] = os.pidfd_open(pid)
                 elif word == "ready":
                     self.ready += 1
                 else:
