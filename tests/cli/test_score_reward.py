@@ -1,6 +1,7 @@
 """A reward model from pairs to scores: trained, exported, read by transformers, trained on, and used on a data set."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,26 @@ def test_a_language_model_gives_no_scores(shared: Path, tmp_path: Path, capsys: 
     code = main(["score", "--reward", str(model), str(data), str(tmp_path / "x.jsonl")])
     assert code != 0
     assert "is no reward model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_hang_while_it_scores(
+    trained: Path, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 within the limit, and the stacks stay where the line says."""
+    import megadpo.parallel.watchdog as watchdog
+    import megadpo.train.rewards as rewards
+
+    monkeypatch.setattr(watchdog, "START", 20.0)
+    monkeypatch.setattr(rewards, "score_groups", lambda *arguments: time.sleep(600))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    source, out = shared / "data" / "stories_pairs_eval.jsonl", tmp_path / "scored.jsonl"
+    settings = ["model.dtype=float32", f"data.cache_dir={trained}/cache", "train.hang_timeout=1"]
+    began = time.monotonic()
+    assert main(["score", "--reward", str(trained / "run" / "export"), str(source), str(out), *settings]) == 75
+    assert time.monotonic() - began < 100
+    assert "made no progress" in capfd.readouterr().err
+    [log] = tmp_path.glob("megadpo-score-*/run/logs/rank-0.log")
+    assert "hung: scoring has taken" in log.read_text()
+    assert "in run_scoring" in log.read_text()
+    assert not out.exists()

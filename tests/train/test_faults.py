@@ -285,6 +285,53 @@ def test_a_hang_before_training_is_noticed(
     steps_once(run)
 
 
+def in_a_child(*arguments: str) -> int:
+    """The exit code of a command that ends its process."""
+    child = os.fork()
+    if child == 0:
+        os._exit(main(list(arguments)))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("name", one_of(["prepare", "import", "export"]))
+def test_commands_of_one_process_notice_a_hang(
+    run: Run, shared: Path, name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 and the stack, and the same command goes on."""
+    import megadpo.convert.exporter as exporter
+    import megadpo.convert.to_checkpoint as to_checkpoint
+    import megadpo.data.processes as processes
+    from megadpo.data.store import StoreWriter
+
+    stories, imported, again = shared / "models" / "stories260k", run.folder / "imported", run.folder / "again"
+    command, doing, place, called = {
+        "prepare": (["prepare", str(run.path)], "tokenising data.train", StoreWriter, "add"),
+        "import": (["import", str(stories), str(imported)], f"importing {stories}", to_checkpoint, "fill"),
+        "export": (["export", str(imported), str(again)], f"exporting to {again}", exporter, "_hf_tensors"),
+    }[name]
+    if name == "export":
+        assert main(["import", str(stories), str(imported)]) == 0
+    monkeypatch.setattr(processes, "CHUNK", 8)
+    calls, original = iter(range(10**6)), getattr(place, called)
+
+    def and_sleep(*arguments: Any) -> Any:
+        if next(calls) == 3:
+            time.sleep(600)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, called, and_sleep)
+        patch.setattr("megadpo.parallel.watchdog.START", 20.0)
+        patch.setattr("megadpo.conversion.DEFAULT", 2.0)
+        began = time.monotonic()
+        assert in_a_child(*command, *(["train.hang_timeout=2"] if name == "prepare" else [])) == 75
+        assert time.monotonic() - began < 60
+    error = capfd.readouterr().err
+    assert f"hung: {doing} has taken" in error
+    assert "and_sleep" in error
+    assert main(command) == 0
+
+
 @pytest.mark.slow
 def test_who_holds_python_s_lock_is_ended_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No thread of Python's can run then; faulthandler's timer can."""
@@ -455,6 +502,26 @@ def test_the_store_changes_under_the_run(run: Run, capfd: pytest.CaptureFixture[
     assert newest.name == "step-00000002"
     assert run.train() == 2, "and its checksum does not fit any more"
     assert "groups.arrow: damaged: its SHA-256" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_stop_by_the_drift_limit_waits_for_the_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all do that end every rank together; here without FP8."""
+    from megadpo.errors import NumericsError
+    from megadpo.train.drift import DriftWatch
+
+    def over(self: Any, log: Any, record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise NumericsError("step 3: too far")
+        log.step(record)
+
+    with monkeypatch.context() as patch, slow_saves():
+        patch.setattr(DriftWatch, "log_step", over)
+        assert run.train("train.async_save=true") == 3
+    newest = checkpoint.latest(run.run_dir)
+    assert newest is not None
+    assert newest.name == "step-00000002"
+    assert not checkpoint.damage(newest)
 
 
 @pytest.mark.slow
