@@ -123,7 +123,8 @@ def resharded(_: float) -> str:
 def faults(_: float) -> str:
     passed, failed, _ = tests("tests/train/test_faults.py", "-k", "not everyone_s_stack and not before_training")
     return (
-        f"{passed} injected (one test each, hangs apart; three of them try bounds and repeats), {failed} not survived"
+        f"{passed} injected (one test each, hangs of ranks apart; three of them try bounds and repeats), "
+        f"{failed} not survived"
     )
 
 
@@ -150,8 +151,17 @@ def corruption(_: float) -> str:
 
 
 def hostile(_: float) -> str:
-    passed, failed, _ = tests("tests/checkpoint/test_damage.py", "tests/test_security.py", "-k", "not every_damage")
-    return f"{passed} tests passed, {failed} failed"
+    chosen = "hostile or leaves_the_folder or is_no_file or without_a_bottom"
+    others, failed, found = tests("tests/checkpoint/test_damage.py", "-k", chosen)
+    _, worse, more = tests("tests/test_security.py")
+    if failed or worse:
+        return f"{failed + worse} tests failed"
+    [loads], [sources], [searched] = found["loads"], more["sources"], more["searched"]
+    return (
+        f"{loads} loads of checkpoints with a hostile pickle as one of their files, by a resume and an evaluation: "
+        f"none ran code; {others - 2} more tricks (ways out of the folder, pipes, files without a bottom) refused; no "
+        f"unsafe call in {sources} source files; 5 keys of the environment in none of {searched} files of a run"
+    )
 
 
 def slurm(_: float) -> str:
@@ -213,7 +223,7 @@ ROWS = {
         hangs,
     ),
     "hostile": Row(
-        "hostile checkpoints, unsafe calls, secrets",
+        "hostile checkpoints; unsafe calls; secrets",
         "0 run, 0 found",
         "Composer, Megatron Bridge: allow-lists",
         hostile,

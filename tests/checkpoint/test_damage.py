@@ -307,12 +307,17 @@ def attack(device: torch.device, case: Case, whole: Path, scratch: Path) -> list
 
 
 def test_no_file_of_a_hostile_checkpoint_runs_code(
-    case: Case, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Even where the user's environment asks torch to load everything."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     [said] = run_ranks(1, attack, case, whole_run, tmp_path)
     assert not list(tmp_path.glob("ran-*"))
+    record_property("loads", len(said))
     refused = {name for name, text in said if text != "loaded"}
     assert {".metadata", "common.pt", "metadata.json", "state.json"} <= refused
     assert any(name.endswith(".distcp") for name in refused)
