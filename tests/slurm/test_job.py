@@ -201,8 +201,9 @@ def test_a_node_that_is_not_fit_is_left_out(inside: Cluster, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_the_real_time_limit(inside: Cluster, tmp_path: Path) -> None:
-    """SLURM sends the signal up to a minute early, and checks now and then only."""
-    run = launch(tmp_path, SAVES + "sleeping", "--time", "2", "--save-before", "59")
+    """SLURM sends the signal up to a minute early, and checks now and then only; so after one to two minutes of three,
+    when the ranks are there. (One that comes before they are: tests/launch/test_batch_script.py.)"""
+    run = launch(tmp_path, SAVES + "sleeping", "--time", "3", "--save-before", "59")
     job = inside.ended(run.number)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
     assert run.events() == [("start", None), ("end", 138), ("start", None), ("end", 0)]
