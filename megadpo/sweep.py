@@ -66,7 +66,18 @@ def reason(said: str, exit_code: int) -> str:
     return (told or lines or [f"exit code {exit_code}, no word"])[-1][:300]
 
 
-HEAD = ("settings", "s per step", "tokens/s", "scored/s", "pairs/s", "TFLOP/s", "MFU", "peak GiB", "padding")
+HEAD = (
+    "settings",
+    "s per step",
+    "tokens/s",
+    "scored/s",
+    "pairs/s",
+    "TFLOP/s",
+    "MFU",
+    "peak GiB",
+    "padding",
+    "what ran",
+)
 
 
 def cells(one: Combination) -> list[str]:
@@ -82,4 +93,5 @@ def cells(one: Combination) -> list[str]:
         f"{found['perf/mfu']:.1%}" if "perf/mfu" in found else "-",
         f"{found['perf/peak_memory_gib']:.2f}",
         f"{found['padding_fraction']:.1%}",
+        found["what"],
     ]

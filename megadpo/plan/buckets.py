@@ -26,6 +26,8 @@ class Weight:
     """Whether another stage has the same one (tied embeddings)."""
     summed: bool
     """Whether tensor-parallel ranks add up its gradient (norms, under sequence parallelism)."""
+    fp8: bool = False
+    """Whether it is kept in FP8 (fp8_param_gather)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Bytes:
     gradients: int
     optimizer: int
     buckets: int
+    gathered: int
+    """Of what replicas send each other of the weights."""
 
 
 def bytes_of(weights: Sequence[Weight], sharding: Sharding) -> Bytes:
@@ -60,7 +64,7 @@ def bytes_of(weights: Sequence[Weight], sharding: Sharding) -> Bytes:
     if not sharding.distributed:
         size = sum(weight.size for weight in weights)
         count = len(_laid_out(weights, sharding)[1])
-        return Bytes(size * sharding.width, size * GRADIENT, size * each, count)
+        return Bytes(size * sharding.width, size * GRADIENT, size * each, count, 0)
     places, buckets = _laid_out(weights, sharding)
     length = buckets[-1][1] if buckets else 0
     own = 0
@@ -68,7 +72,7 @@ def bytes_of(weights: Sequence[Weight], sharding: Sharding) -> Bytes:
         part = (end - start) // sharding.replicas
         first = start + part * sharding.rank
         own += sum(max(min(b, first + part) - max(a, first), 0) for a, b in places)
-    return Bytes(length * sharding.width, length * GRADIENT, own * each, len(buckets))
+    return Bytes(length * sharding.width, length * GRADIENT, own * each, len(buckets), gathered=length * sharding.width)
 
 
 def _laid_out(weights: Sequence[Weight], sharding: Sharding) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -37,22 +37,30 @@ class Request:
 
 def plan(config: Config, request: Request, count: Count) -> Report:
     """Raises ConfigError and ModelError."""
+    search, said = search_of(config, request, count)
+    found = search.run(every=request.rows is None, confirmed=request.rows or 15)
+    return Report(search.space, found, said, request.price, request.rows)
+
+
+def search_of(config: Config, request: Request, count: Count) -> tuple[Search, tuple[str, ...]]:
+    """What is searched, and what was assumed for it. Raises ConfigError and ModelError."""
     gpu = gpu_option.parse_gpu(request.gpu)
     # The run file's own grid is not looked at: the search makes its own. The reference's mode is searched over, too.
     bare = replace(config, parallel=_without_sizes(config.parallel))
     shapes = read_shapes(bare, 1)
     lengths, assumptions = data_of(config, request, shapes.policy)
     space = Space(bare, shapes, gpu, request.gpus, lengths.longest)
-    found = Search(space, lengths, count).run(every=request.rows is None, confirmed=request.rows or 15)
     if config.model.real_fp8:
-        assumptions.append("memory as in bfloat16: FP8's copies of weights and activations are not counted")
+        assumptions.append(
+            "FP8's memory (kept casts of weights, inputs saved in FP8) as Transformer Engine 2.9's sources say; "
+            "gathers of sequence parallelism as in bfloat16"
+        )
     if config.model.cuda_graphs:
         assumptions.append(
             "as without CUDA graphs: that each keeps the gradients of its rows and, unless they are added inside the "
             "product, of its weights, and the launches saved, are not counted"
         )
-    said = (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
-    return Report(space, found, said, request.price, request.rows)
+    return Search(space, lengths, count), (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
 
 
 def _without_sizes(parallel: ParallelConfig) -> ParallelConfig:

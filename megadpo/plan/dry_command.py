@@ -77,10 +77,10 @@ def dry_run(config: Config, request: Request, rank: int) -> DryRun:
     place = Place.of(config, world, rank)
     lengths, assumptions = data_of(config, request, shapes.policy)
     if without_te(config) != config:
-        assumptions = [
-            *assumptions,
-            "counted without Transformer Engine's and Triton's kernels and CUDA graphs: model.fp8_format as bfloat16",
-        ]
+        fp8 = "; FP8's casts as on a Hopper" if config.model.real_fp8 else ""
+        kept = ", beside weights in bfloat16" if config.model.fp8_param_gather else ""
+        kernels = "Transformer Engine's and Triton's kernels and CUDA graphs"
+        assumptions = [*assumptions, f"counted without {kernels}{fp8}{kept}"]
     load = load_of(config, lengths, place, shapes.policy.attended_pair_cost)
     reference = None if shapes.reference is shapes.policy else shapes.reference
     found = walk(shapes.policy, config, world, rank, load, reference=reference)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megadpo.config import Config
+from megadpo.config import Config, ModelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.data.batch import PackedBatch
 from megadpo.model.head import HeadOutput
@@ -24,6 +24,7 @@ from megadpo.parallel.context import ParallelContext
 from megadpo.plan import counts
 from megadpo.plan.even import Load, even_batch
 from megadpo.plan.fake_world import fake_rank
+from megadpo.plan.fp8_memory import HOPPER, Kept, keep_in_fp8, layers_in_fp8
 from megadpo.plan.numbers import RankNumbers
 from megadpo.plan.recorder import Recorder
 from megadpo.train.passes import with_reference
@@ -49,13 +50,14 @@ def walk(
 ) -> Walk:
     """One step of rank `rank` of `world_size`. The grid fits the model and the world.
 
-    gpu: as fake_world.fake_rank. reference: shape of reference.path, the policy's where None.
+    gpu: as fake_world.fake_rank. reference: shape of reference.path, the policy's where None. FP8 is counted as on a
+    Hopper, and weights that fp8_param_gather keeps in FP8 as if they were in bfloat16 with casts beside them.
     """
     began = time.perf_counter()
-    config = counts.without_te(config)
+    fp8, config = config.model, counts.without_te(config)
     batches = even_batches(load, config)
     with fake_rank(config.parallel, world_size, rank, gpu) as context:
-        numbers = record(shape, config, context, batches, reference)
+        numbers = record(shape, config, context, batches, reference, fp8=fp8)
     return Walk(numbers, time.perf_counter() - began)
 
 
@@ -78,17 +80,27 @@ def record(
     reference: ModelShape | None = None,
     fill: Callable[[Tensor], object] | None = None,
     before: int = 0,
+    fp8: ModelConfig | None = None,
 ) -> RankNumbers:
     """Build this rank, fake or real, and record one step of it over its micro-batches.
 
-    fill: see counts.build. before: steps that are taken first and not recorded.
+    fill: see counts.build. before: steps that are taken first and not recorded. fp8: what FP8 is to be
+    counted; see `walk`.
     """
     with Recorder(context) as recorder:
         state = counts.build(shape, config, context, fill)
+        kept = None if fp8 is None else Kept.of(fp8, HOPPER)
+        if fp8 is not None and kept is not None:
+            for module in state.modules:
+                keep_in_fp8(module, replace(kept, gathered=False), layers_in_fp8(fp8, shape.num_layers))
         recorder.claim(counts.weight_tensors(state.chunks), "weights")
         recorder.claim(counts.gradient_tensors(state.chunks), "gradients")
         recorder.claim(counts.optimizer_tensors(state.optimizer), "optimizer")
         other = _frozen(counts.reference_of(reference or shape, config, context), fill) if has_second(config) else None
+        frozen = None if kept is None else kept.frozen
+        for module in other or []:
+            if fp8 is not None and frozen is not None:
+                keep_in_fp8(module, frozen, layers_in_fp8(fp8, (reference or shape).num_layers), trained=False)
         recorder.claim(counts.weight_tensors(other or []), "reference")
         for module in [*state.modules, *(other or [])]:
             tell_head(recorder, module)

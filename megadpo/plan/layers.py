@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megadpo.convert.shape import Experts, LatentAttention, ModelShape
 from megadpo.plan import constants as c
@@ -58,8 +59,17 @@ class LayerTime:
         return self.products.forward + self.attention.forward
 
 
-def layer_time(shape: ModelShape, grid: Grid, work: Work, device: Device, with_experts: bool, fp8: bool) -> LayerTime:
-    """fp8: whether this layer's linear products run as device.fp8 says."""
+class LayerKind(NamedTuple):
+    """What tells layers of a model apart."""
+
+    experts: bool
+    fp8: bool
+    """Whether its linear products run as Device.fp8 says."""
+    window: bool
+
+
+def layer_time(shape: ModelShape, grid: Grid, work: Work, device: Device, kind: LayerKind) -> LayerTime:
+    with_experts, fp8, _ = kind
     products = linear_products(shape, grid, work.tokens, with_experts)
     forward = sum(device.product(p.rows, p.columns, p.inner, fp8, p.batches) for p in products)
     inputs = sum(device.product(p.rows, p.inner, p.columns, fp8, p.batches) for p in products)
@@ -68,9 +78,8 @@ def layer_time(shape: ModelShape, grid: Grid, work: Work, device: Device, with_e
         forward += sum(device.cast(p.batches * p.rows * p.inner) for p in products)
         inputs += sum(device.cast(p.batches * p.rows * p.columns) for p in products)
     rest = device.stream(2 * traffic(shape, grid, work.tokens, with_experts)) + c.SMALL_KERNELS * c.KERNEL_SECONDS
-    return LayerTime(
-        Seconds(forward + rest, inputs + weights + 2 * rest), _attention(shape, grid, work, device), weights
-    )
+    attention = _attention(shape, grid, work.most_window_area if kind.window else work.most_area, work, device)
+    return LayerTime(Seconds(forward + rest, inputs + weights + 2 * rest), attention, weights)
 
 
 def linear_products(shape: ModelShape, grid: Grid, tokens: int, with_experts: bool) -> list[Product]:
@@ -135,15 +144,11 @@ def traffic(shape: ModelShape, grid: Grid, tokens: int, with_experts: bool) -> f
     return tokens * (outside + 2 * heads + 3 * width)
 
 
-def _attention(shape: ModelShape, grid: Grid, work: Work, device: Device) -> Seconds:
-    """The mean over layers with and without a window, on the data-parallel rank that has most to attend to."""
-    forward = backward = 0.0
-    share = sum(shape.window.layers) / shape.num_layers if shape.window else 0.0
-    narrow = min(work.most_area, work.mean_rows * shape.window.size) if shape.window else 0.0
-    for area, weight in ((work.most_area, 1 - share), (narrow, share)):
-        flops = 2 * shape.pair_multiplications / grid.tensor * area
-        forward += weight * device.attention(flops, area, work.mean_rows)
-        backward += weight * device.attention_backward(flops, area, work.mean_rows)
+def _attention(shape: ModelShape, grid: Grid, area: float, work: Work, device: Device) -> Seconds:
+    """area: attended pairs of rows of the data-parallel rank that has most of them."""
+    flops = 2 * shape.pair_multiplications / grid.tensor * area
+    forward = device.attention(flops, area, work.mean_rows)
+    backward = device.attention_backward(flops, area, work.mean_rows)
     return Seconds(forward + c.KERNEL_SECONDS, backward + 2 * c.KERNEL_SECONDS)
 
 

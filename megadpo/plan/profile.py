@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from megadpo.config import Config
+from megadpo.config import Config, ModelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.model.build import DTYPES, stage_layers
 from megadpo.parallel.context import expert_tensor_size
 from megadpo.plan import buckets
 from megadpo.plan.buckets import Sharding, Weight, bytes_of
 from megadpo.plan.dry_run import has_second
+from megadpo.plan.fp8_memory import HOPPER, Kept, layers_in_fp8
 from megadpo.plan.numbers import Collective, Group, Memory, RankNumbers
-from megadpo.plan.stage import Frozen, Stage, StageKind, Working, frozen, kind_of, measured
+from megadpo.plan.stage import Frozen, Layer, Stage, StageKind, Working, frozen, kind_of, measured
+
+T = TypeVar("T")
 
 
 def rank_numbers(
@@ -28,30 +32,34 @@ def rank_numbers(
     tokens: int,
     scored: int,
     micro_batches: int,
-    gpu: bool = True,
+    capability: tuple[int, int] | None = HOPPER,
     reference: ModelShape | None = None,
 ) -> RankNumbers:
     """What rank `rank` of `world_size` holds and sends in one step of config.parallel's grid.
 
-    config: grid, dtype, recompute, optimizer sharding and the reference's mode are read from it; nothing on the disk
-    is. The grid fits the model and the world (config.check.check_grid, convert.fit.misfits): not looked at here.
+    config: grid, dtype, FP8, recompute, optimizer sharding and the reference's mode are read from it; nothing on the
+    disk is. The grid fits the model and the world (config.check.check_grid, convert.fit.misfits): not looked at here.
     tokens: rows of one micro-batch's stream. scored: scored tokens of it; the other rows are taken for prompts.
     micro_batches: of one data-parallel rank per step. reference: shape of a reference.path; the policy's where None.
-    gpu: the code that runs on GPUs (flash attention, fused norms), else what runs on a CPU.
+    capability: of the GPU, for the code that runs there (flash attention, fused norms); None: what runs on a CPU.
 
     A short stage is measured once per process for each (shape, tensor size, sequence parallel, recompute, tokens ...),
     which takes about a second; afterwards a call takes milliseconds, so that hundreds of grids can be asked for.
     Parameters, weights, gradients and optimizer state are exact. Activations and logits are within a few percent of
-    `dry_run.walk`. Of collectives, those of a few bytes (counts, norms, totals) are left out.
+    `dry_run.walk`. Of collectives, those of a few bytes (counts, norms, totals) are left out, and those of forward
+    passes that the objective asks for beside its own (whole batches, KTO's mismatched responses).
     """
     place = Place.of(config, world_size, rank)
 
-    def kind(model: ModelShape, experts: bool, layers: int, first: bool, last: bool) -> StageKind:
-        return kind_of(model, config, experts, layers, first, last, tokens, scored, gpu)
+    def kind(model: ModelShape, layer: Layer, layers: int, first: bool, last: bool) -> StageKind:
+        return kind_of(model, config, layer, layers, first, last, tokens, scored, capability is not None)
+
+    def own_layers(model: ModelShape, virtual: int, frozen: bool = False) -> list[Layer]:
+        return place.part(memory_layers(model, config.model, capability, frozen), virtual)
 
     def chunks_of(model: ModelShape) -> list[Chunk]:
         return [
-            _chunk(model, place, virtual, lambda *what: measured(kind(model, *what)))
+            _chunk(own_layers(model, virtual), place, virtual, lambda *what: measured(kind(model, *what)))
             for virtual in range(place.virtual)
         ]
 
@@ -59,7 +67,12 @@ def rank_numbers(
     other = reference or shape
     others = chunks_of(other) if has_second(config) else []
     frozen_bytes = sum(
-        _frozen_bytes(other, place, virtual, lambda *what: frozen(kind(other, *what), config.reference.fp8_weights))
+        _frozen_bytes(
+            own_layers(other, virtual, frozen=True),
+            place,
+            virtual,
+            lambda *what: frozen(kind(other, *what), config.reference.fp8_weights),
+        )
         for virtual in range(len(others))
     )
     shares = [_shares(chunk.weights, config, place) for chunk in chunks]
@@ -78,7 +91,7 @@ def rank_numbers(
         _tally_pipeline(tally, place, micro_batches, message * other.hidden_size, 1)
     _tally_data(tally, shares, config, place)
     _tally_gradients(tally, [weight for chunk in chunks for weight in chunk.weights], place)
-    dense_and_experts = [part for share in shares for part in share]
+    parts = [part for share in shares for _, part in share]
     peak = peak + Working(activations=under_way * message * shape.hidden_size)
     if config.reference.mode == "swapped":  # it is not there while the policy has activations
         visit = max((chunk.scoring for chunk in others), key=lambda scoring: scoring.total, default=Working())
@@ -91,9 +104,9 @@ def rank_numbers(
         stage=place.stage,
         parameters=sum(weight.size for chunk in chunks for weight in chunk.weights),
         memory=Memory(
-            weights=sum(part.weights for part in dense_and_experts) + sum(chunk.buffer_bytes for chunk in chunks),
-            gradients=sum(part.gradients for part in dense_and_experts),
-            optimizer=sum(part.optimizer for part in dense_and_experts),
+            weights=sum(part.weights for part in parts) + sum(chunk.buffer_bytes for chunk in chunks),
+            gradients=sum(part.gradients for part in parts),
+            optimizer=sum(part.optimizer for part in parts),
             reference=frozen_bytes,
             activations=peak.activations,
             logits=peak.logits,
@@ -135,6 +148,10 @@ class Place:
             expert_data_rank=within // expert_ranks,
         )
 
+    def part(self, layers: Sequence[T], virtual: int) -> list[T]:
+        """Of all layers, those of one of its chunks."""
+        return layers_of(layers, self.stage, self.stages, virtual, self.virtual)
+
     def is_first(self, virtual: int) -> bool:
         """Whether the chunk has the embedding."""
         return self.stage == 0 and virtual == 0
@@ -175,62 +192,86 @@ class Chunk:
         return max(stage.buffers for stage, _ in self.parts)
 
 
-def _chunk(shape: ModelShape, place: Place, virtual: int, short: Callable[[bool, int, bool, bool], Stage]) -> Chunk:
-    """short: measures a stage, given whether its layers have experts, how many, with the embedding, with the head."""
-    layers = layers_of(shape, place.stage, place.stages, virtual, place.virtual)
+def _chunk(
+    layers: Sequence[Layer], place: Place, virtual: int, short: Callable[[Layer, int, bool, bool], Stage]
+) -> Chunk:
+    """short: measures a stage, given what its layers are, how many, with the embedding, with the head."""
     # the last layer is the one whose backward pass runs while all others' activations are there
     ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual))
     more = Counter(layers[:-1])
     parts = [(ends, 1)]
-    for experts, count in sorted(more.items()):
-        parts += [(short(experts, 2, False, False), count), (short(experts, 1, False, False), -count)]
-    one = {experts: short(experts, 1, False, False) for experts in set(layers)}
+    for layer, count in more.items():
+        parts += [(short(layer, 2, False, False), count), (short(layer, 1, False, False), -count)]
+    one = {layer: short(layer, 1, False, False) for layer in set(layers)}
     inside = ends.in_layer.index(True)
     after = inside + ends.in_layer.count(True)
     return Chunk(
         parts=tuple(parts),
         weights=(*ends.weights[:inside], *_each(layers, one), *ends.weights[after:]),
-        buffer_bytes=sum(one[experts].buffer_bytes for experts in layers),
+        buffer_bytes=sum(one[layer].buffer_bytes for layer in layers),
     )
 
 
-def layers_of(shape: ModelShape, stage: int, stages: int, chunk: int, chunks: int) -> list[bool]:
-    """Of every layer of one of a pipeline rank's chunks, whether it has experts."""
-    sizes = stage_layers(shape.num_layers, stages * chunks)
+def layers_of(layers: Sequence[T], stage: int, stages: int, chunk: int, chunks: int) -> list[T]:
+    """Of all layers of a model, those of one of a pipeline rank's chunks."""
+    sizes = stage_layers(len(layers), stages * chunks)
     at = chunk * stages + stage
     first = sum(sizes[:at])
-    return [shape.experts is not None and shape.experts.layers[layer] for layer in range(first, first + sizes[at])]
+    return list(layers[first : first + sizes[at]])
 
 
-def _frozen_bytes(shape: ModelShape, place: Place, virtual: int, short: Callable[..., Frozen]) -> int:
+def memory_layers(
+    shape: ModelShape, model: ModelConfig, capability: tuple[int, int] | None, frozen: bool = False
+) -> list[Layer]:
+    """Of every layer, what decides its memory. frozen: of a reference, whose weights are as model/reference.py says."""
+    kept = None if capability is None else Kept.of(model, capability)
+    if frozen and kept is not None:
+        kept = kept.frozen
+    in_fp8 = layers_in_fp8(model, shape.num_layers)
+    experts = shape.experts.layers if shape.experts else (False,) * shape.num_layers
+    return [Layer(has, kept if fp8 else None) for has, fp8 in zip(experts, in_fp8, strict=True)]
+
+
+def _frozen_bytes(layers: Sequence[Layer], place: Place, virtual: int, short: Callable[..., Frozen]) -> int:
     """Of a chunk of a model that is not trained. short: as for `_chunk`."""
-    layers = layers_of(shape, place.stage, place.stages, virtual, place.virtual)
     ends = short(layers[-1], 1, place.is_first(virtual), place.is_last(virtual)).ends
-    return ends + sum(short(experts, 1, False, False).layer for experts in layers)
+    return ends + sum(short(layer, 1, False, False).layer for layer in layers)
 
 
-def _each(layers: Iterable[bool], one: dict[bool, Stage]) -> Iterator[Weight]:
-    for experts in layers:
-        stage = one[experts]
+def _each(layers: Iterable[Layer], one: dict[Layer, Stage]) -> Iterator[Weight]:
+    for layer in layers:
+        stage = one[layer]
         yield from (weight for weight, inside in zip(stage.weights, stage.in_layer, strict=True) if inside)
 
 
 # ---- memory
 
 
-def _shares(weights: Sequence[Weight], config: Config, place: Place) -> list[buckets.Bytes]:
-    """Of the weights outside experts, and of experts'."""
+def _shares(weights: Sequence[Weight], config: Config, place: Place) -> list[tuple[Group, buckets.Bytes]]:
+    """Of every buffer, and whose replicas share it: weights outside experts, and experts'; FP8 ones in their own."""
     grid = config.parallel
     # Megatron-Core cuts buckets on the first stage only, and only where reduction overlaps with the backward pass
     cut = max(40_000_000, 1_000_000 * place.data) if grid.overlap_grad_reduce and place.stage == 0 else None
     width = DTYPES[config.model.dtype].itemsize
     distributed = grid.use_distributed_optimizer
-    dense = Sharding(place.data, place.data_rank, distributed, cut, width)
-    expert = Sharding(place.expert_data, place.expert_data_rank, distributed, cut, width)
-    return [
-        bytes_of([weight for weight in weights if not weight.expert], dense),
-        bytes_of([weight for weight in weights if weight.expert], expert),
-    ]
+    # MXFP8 weights lie in no buffer: they travel in the gradients' as bfloat16 (and the others, which are not let into
+    # their buffer then, are there twice)
+    mx = config.model.real_fp8 and config.model.fp8_param_gather and config.model.fp8_recipe == "mxfp8"
+    found: list[tuple[Group, buckets.Bytes]] = []
+    groups: tuple[tuple[Group, int, int, bool], ...] = (
+        ("data", place.data, place.data_rank, False),
+        ("expert data", place.expert_data, place.expert_data_rank, True),
+    )
+    for group, replicas, number, expert in groups:
+        for fp8 in (False, True):
+            own = [weight for weight in weights if weight.expert == expert and weight.fp8 == fp8]
+            if fp8 and not own:
+                continue
+            part = bytes_of(own, Sharding(replicas, number, distributed, cut, 1 if fp8 and not mx else width))
+            if mx:
+                part = replace(part, weights=0 if fp8 else part.weights + sum(weight.size for weight in own) * width)
+            found.append((group, part))
+    return found
 
 
 def _instants(chunks: Sequence[Chunk], place: Place, micro_batches: int) -> Iterator[Working]:
@@ -311,19 +352,21 @@ def _tally_pipeline(tally: Tally, place: Place, micro_batches: int, size: int, d
     tally.add("send", "pipeline", place.stages, sent, sent * size)
 
 
-def _tally_data(tally: Tally, shares: Sequence[Sequence[buckets.Bytes]], config: Config, place: Place) -> None:
+def _tally_data(
+    tally: Tally, shares: Sequence[Sequence[tuple[Group, buckets.Bytes]]], config: Config, place: Place
+) -> None:
     """Gradients are reduced and weights gathered over the replicas, once per step. With experts Megatron-Core has two
     optimizers, and each gathers the weights of both where the gather is not left to the next forward pass."""
-    groups: tuple[tuple[Group, int], ...] = (("data", place.data), ("expert data", place.expert_data))
-    experts = any(share[1].weights for share in shares)
+    ranks = {"data": place.data, "expert data": place.expert_data}
+    experts = any(group == "expert data" and part.gradients for share in shares for group, part in share)
     gathers = 2 if experts and not config.parallel.overlap_param_gather else 1
     for share in shares:
-        for part, (group, ranks) in zip(share, groups, strict=True):
+        for group, part in share:
             if config.parallel.use_distributed_optimizer:
-                tally.add("reduce_scatter", group, ranks, part.buckets, part.gradients)
-                tally.add("all_gather", group, ranks, part.buckets * gathers, part.weights * gathers)
+                tally.add("reduce_scatter", group, ranks[group], part.buckets, part.gradients)
+                tally.add("all_gather", group, ranks[group], part.buckets * gathers, part.gathered * gathers)
             else:
-                tally.add("all_reduce", group, ranks, part.buckets, part.gradients)
+                tally.add("all_reduce", group, ranks[group], part.buckets, part.gradients)
 
 
 def _tally_gradients(tally: Tally, weights: Sequence[Weight], place: Place) -> None:

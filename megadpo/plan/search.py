@@ -10,16 +10,16 @@ from megadpo.convert.shape import ModelShape
 from megadpo.model.build import stage_layers
 from megadpo.observe.gpus import GIB, Gpu
 from megadpo.plan import constants as c
-from megadpo.plan.grids import Candidate, Rejected, Space, candidates, check_space, reasons, token_budgets, without_fp8
+from megadpo.plan.grids import Candidate, Rejected, Space, candidates, check_space, reasons, token_budgets
 from megadpo.plan.numbers import Memory, RankNumbers
-from megadpo.plan.profile import layers_of
+from megadpo.plan.profile import layers_of, memory_layers
 from megadpo.plan.time import Estimate, Situation, estimate
 from megadpo.plan.workload import Lengths, Work, work
 from megadpo.train.loop import run_length
 
-Count = Callable[[ModelShape, Config, int, int, int, int, int, bool, ModelShape | None], RankNumbers]
-"""(shape, config, world size, rank, tokens, scored tokens, micro-batches, of GPU code, reference's shape) -> what that
-rank holds and sends: plan.profile.rank_numbers."""
+Count = Callable[[ModelShape, Config, int, int, int, int, int, tuple[int, int] | None, ModelShape | None], RankNumbers]
+"""(shape, config, world size, rank, tokens, scored tokens, micro-batches, the GPU's compute capability, reference's
+shape) -> what that rank holds and sends: plan.profile.rank_numbers."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ class Search:
         """Of every pipeline stage, the first that has its layers, experts and ends."""
         stages, chunks, shapes = candidate.pipeline, candidate.virtual or 1, self.space.shapes
         if (stages, chunks) not in self._kinds:
+            model, capability = self.space.config.model, self.space.gpu.capability
+            kinds = [memory_layers(shape, model, capability) for shape in (shapes.policy, shapes.reference)]
             first: dict[tuple[object, ...], int] = {}
             found = []
             for stage in range(stages):
                 layers = [
-                    tuple(layers_of(shape, stage, stages, chunk, chunks))
-                    for shape in (shapes.policy, shapes.reference)
-                    for chunk in range(chunks)
+                    tuple(layers_of(every, stage, stages, chunk, chunks)) for every in kinds for chunk in range(chunks)
                 ]
                 found.append(first.setdefault((stage == 0, stage == stages - 1, *layers), stage))
             self._kinds[stages, chunks] = found
@@ -236,13 +236,13 @@ class Search:
             given = candidate.applied(self.space.config)
             self._numbers[key] = self.count(
                 shapes.reference if of_reference else shapes.policy,
-                replace(given, model=without_fp8(given.model)),
+                given,
                 self.space.gpus,
                 stage * candidate.tensor * candidate.data,  # ranks go tensor, data, pipeline
                 tokens,
                 max(int(scored), 1),
                 count,
-                True,
+                self.space.gpu.capability,
                 None if shapes.reference is shapes.policy else shapes.reference,
             )
         return self._numbers[key]

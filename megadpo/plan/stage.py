@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from megadpo.plan.counts import without_te
 from megadpo.plan.dry_run import tell_buffers, tell_head
 from megadpo.plan.even import Load, even_batch
 from megadpo.plan.fake_world import fake_rank
+from megadpo.plan.fp8_memory import Kept, keep_in_fp8
 from megadpo.plan.numbers import Collective
 from megadpo.plan.recorder import Recorder
 from megadpo.train.optimizer import wrap
@@ -63,6 +64,13 @@ class Pass:
     flops: float
 
 
+class Layer(NamedTuple):
+    """What tells layers apart."""
+
+    experts: bool = False
+    fp8: Kept | None = None
+
+
 @dataclass(frozen=True)
 class StageKind:
     """What decides the numbers of a short stage. Hashable: measurements are kept for the life of the process."""
@@ -76,6 +84,8 @@ class StageKind:
     tokens: int
     scored: int
     gpu: bool
+    fp8: Kept | None
+    """Of its layers."""
     first: bool
     last: bool
 
@@ -102,7 +112,7 @@ class Stage:
 def kind_of(
     shape: ModelShape,
     config: Config,
-    experts: bool,
+    layer: Layer,
     layers: int,
     first: bool,
     last: bool,
@@ -110,13 +120,13 @@ def kind_of(
     scored: int,
     gpu: bool,
 ) -> StageKind:
-    """A stage of `layers` layers, all with experts or all without, with the embedding (first), with the head (last)."""
+    """A stage of `layers` layers, all like `layer`, with the embedding (first), with the head (last)."""
     stages = 1 if first and last else 2 if first or last else 3
     count = layers * stages
     short = replace(
         shape,
         num_layers=count,
-        experts=shape.experts and replace(shape.experts, layers=(experts,) * count),
+        experts=shape.experts and replace(shape.experts, layers=(layer.experts,) * count),
         window=shape.window and replace(shape.window, layers=(shape.window.layers * count)[:count]),
     )
     given = config.parallel
@@ -128,7 +138,7 @@ def kind_of(
     )
     model = replace(without_te(config).model, path="")
     # what the head is asked for is all that matters of the objective; without a head nothing does
-    return StageKind(short, model, grid, config.objective, tokens, scored, gpu, first, last)
+    return StageKind(short, model, grid, config.objective, tokens, scored, gpu, layer.fp8, first, last)
 
 
 @lru_cache(maxsize=4096)
@@ -141,6 +151,8 @@ def measured(kind: StageKind) -> Stage:
     config = Config(run_dir="", model=kind.model, data=NO_DATA, objective=objective, parallel=parallel)
     with fake_rank(parallel, world, rank, kind.gpu) as context, Recorder(context) as recorder:
         chunk = wrap(counts.modules_of(kind.shape, config, context), parallel)[0]
+        if kind.fp8 is not None:
+            keep_in_fp8(chunk.module, kind.fp8, [True] * kind.shape.num_layers)
         recorder.claim(counts.weight_tensors([chunk]), "weights")
         recorder.claim(counts.gradient_tensors([chunk]), "gradients")
         tell_head(recorder, chunk.module)
@@ -194,6 +206,8 @@ def frozen(kind: StageKind, fp8_weights: bool) -> Frozen:
     world, rank = place(kind)
     with fake_rank(kind.parallel, world, rank, kind.gpu) as context:
         [module] = build_reference(kind.shape, kind.parallel, context, kind.model, fp8_weights)
+        if kind.fp8 is not None:
+            keep_in_fp8(module, kind.fp8, [True] * kind.shape.num_layers, trained=False)
         named = [*module.named_parameters(), *module.named_buffers()]
         layers = counts.nbytes(tensor for name, tensor in named if name.startswith("decoder.layers."))
         one = counts.nbytes(tensor for name, tensor in named if name.startswith(LAYER))
@@ -219,6 +233,7 @@ def _weight(parameter: torch.nn.Parameter) -> Weight:
         expert=not getattr(parameter, "allreduce", True),
         shared=getattr(parameter, "shared_embedding", False),
         summed=getattr(parameter, "sequence_parallel", False),
+        fp8=getattr(parameter, "in_fp8", False),
     )
 
 

@@ -13,7 +13,8 @@ from megadpo.convert.shape import ModelShape
 from megadpo.model.flops import TRAINING, forward_flops
 from megadpo.observe.gpus import Gpu
 from megadpo.plan import constants as c
-from megadpo.plan.layers import Grid, LayerTime, head_time, layer_time
+from megadpo.plan.fp8_memory import layers_in_fp8
+from megadpo.plan.layers import Grid, LayerKind, LayerTime, head_time, layer_time
 from megadpo.plan.machine import Device, Wire, wire
 from megadpo.plan.numbers import RankNumbers
 from megadpo.plan.pipeline import StageTime, Timeline, simulate
@@ -193,12 +194,13 @@ def _stages(situation: Situation, numbers: Sequence[RankNumbers]) -> list[_Stage
     """Every (virtual) stage, in the order of the layers."""
     shape = situation.shape
     virtual = len(situation.layers) // situation.stages
-    times: dict[tuple[bool, bool], LayerTime] = {}
+    times: dict[LayerKind, LayerTime] = {}
+    every = _kinds(situation)
     found, first = [], 0
     for number, layers in enumerate(situation.layers):
-        kinds = [_kind(situation, layer) for layer in range(first, first + layers)]
+        kinds = every[first : first + layers]
         for kind in set(kinds) - times.keys():
-            times[kind] = layer_time(shape, situation.grid, situation.work, situation.device, *kind)
+            times[kind] = layer_time(shape, situation.grid, situation.work, situation.device, kind)
         rank = numbers[number % situation.stages]
         has_head = number == len(situation.layers) - 1
         found.append(_stage(situation, [times[kind] for kind in kinds], has_head, rank, virtual))
@@ -206,14 +208,14 @@ def _stages(situation: Situation, numbers: Sequence[RankNumbers]) -> list[_Stage
     return found
 
 
-def _kind(situation: Situation, layer: int) -> tuple[bool, bool]:
-    """(has experts, runs in FP8) of a layer."""
-    shape, model = situation.shape, situation.config.model
-    fp8 = situation.device.fp8 is not None
-    if fp8 and model.first_last_layers_bf16:
-        start, end = model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16
-        fp8 = start <= layer < shape.num_layers - end
-    return shape.experts is not None and shape.experts.layers[layer], fp8
+def _kinds(situation: Situation) -> list[LayerKind]:
+    """Of every layer."""
+    shape = situation.shape
+    none = (False,) * shape.num_layers
+    experts = shape.experts.layers if shape.experts else none
+    windows = shape.window.layers if shape.window else none
+    fp8 = layers_in_fp8(situation.config.model, shape.num_layers)
+    return [LayerKind(*kind) for kind in zip(experts, fp8, windows, strict=True)]
 
 
 def _stage(
@@ -336,7 +338,8 @@ def _reference(situation: Situation, numbers: Sequence[RankNumbers], optimizer: 
         return 0.0, seconds * situation.scored_steps / situation.steps
     if reference.mode == "resident":
         return seconds, 0.0
-    copy = max(one.memory.weights for one in numbers) / c.HOST_BANDWIDTH
+    width = 2 if situation.config.model.dtype == "bfloat16" else 4
+    copy = max(one.parameters for one in numbers) * width / c.HOST_BANDWIDTH
     return seconds + max(0.0, copy - optimizer) / steps, 0.0
 
 

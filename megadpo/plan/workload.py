@@ -27,6 +27,8 @@ class Lengths:
     """int64: rows of the stream of each group of the sample."""
     area_G: np.ndarray
     """float64: pairs of rows of which one attends to the other."""
+    window_area_G: np.ndarray
+    """float64: the same in a layer with a window; equal where the model has none."""
     scored_G: np.ndarray
     """int64: rows that meet the head."""
     useful_rows_G: np.ndarray
@@ -110,9 +112,12 @@ def _lengths(store: GroupStore | _Store, groups: int, share: bool, shape: ModelS
     scored_G = np.diff(store.offsets) if scalar else tokens_G
     rows_G = stream_tokens(store, share, scalar)  # type: ignore[arg-type]
     area_G = attention_area(store, share, scalar)  # type: ignore[arg-type]
+    window_G = area_G
+    if shape.window is not None:
+        window_G = attention_area(store, share, scalar, shape.window.size)  # type: ignore[arg-type]
     once_G = stream_tokens(store, scalar=scalar)  # type: ignore[arg-type]
     pairs_G = attended_pairs(shape, store)  # type: ignore[arg-type]
-    return Lengths(groups, rows_G, area_G, scored_G, once_G, pairs_G, int(rows_G.max()), said)
+    return Lengths(groups, rows_G, area_G, window_G, scored_G, once_G, pairs_G, int(rows_G.max()), said)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class Work:
     """On average; see Lengths."""
     useful_area: float
     most_area: float
+    most_window_area: float
+    """In a layer with a window."""
     most_scored: float
 
     @property
@@ -156,10 +163,11 @@ def work(
         dealt = deal(rows_G, rows_G + pair_cost * area_G, budget, ranks)
         shares = [np.array([group for bin_ in part for group in bin_], dtype=np.int64) for part in dealt]
         area = [float(area_G[share].sum()) for share in shares]
+        inside = [float(lengths.window_area_G[groups][share].sum()) for share in shares]
         scored = [float(scored_G[share].sum()) for share in shares]
         sums = (rows_G.sum(), area_G.sum(), scored_G.sum())
         useful = (lengths.useful_rows_G[groups].sum(), lengths.useful_area_G[groups].sum())
-        found.append((len(dealt[0]), *(each / ranks for each in (*sums, *useful)), max(area), max(scored)))
+        found.append((len(dealt[0]), *(each / ranks for each in (*sums, *useful)), max(area), max(inside), max(scored)))
     bins, *means = np.mean(np.array(found, dtype=np.float64), axis=0).tolist()
     count = -(-round(bins) // multiple) * multiple
     rows, *others = (value / count for value in means)

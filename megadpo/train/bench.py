@@ -25,8 +25,9 @@ from torch import Tensor
 from megadpo.config import Config
 from megadpo.data.kinds import wanted
 from megadpo.data.packing import Bin
-from megadpo.data.stream import Scored, open_streams
+from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.data.synthetic import Lengths, random_groups, write_store
+from megadpo.files import storage_errors
 from megadpo.model.attention import choose_backend
 from megadpo.model.build import DTYPES
 from megadpo.model.drawn import draw_weights
@@ -38,7 +39,21 @@ from megadpo.parallel import mcore_fixes
 from megadpo.parallel.calls import Calls, waited, watched
 from megadpo.parallel.context import ParallelContext, grid, join_world
 from megadpo.parallel.ranks import Rank
-from megadpo.train.bench_report import Measured, PerRank, Setting, append_row, text_of
+from megadpo.train.bench_report import (
+    PACKAGES,
+    Measured,
+    PerRank,
+    Setting,
+    append_row,
+    batch_text,
+    check_table,
+    commit_here,
+    device_text,
+    grid_text,
+    objective_text,
+    precision_text,
+    text_of,
+)
 from megadpo.train.inputs import Inputs, Shapes, read_inputs, read_shapes
 from megadpo.train.loop import groups_per_pass, portions_of, run_length
 from megadpo.train.optimizer import learning_rate, set_learning_rate, settled
@@ -69,6 +84,8 @@ class Asked:
 def run_bench(asked: Asked, config: Config, rank: Rank) -> int:
     """Measure, and tell on rank 0. Nothing but logs is written to the run folder."""
     shapes = read_shapes(config, rank.world_size)
+    if asked.append is not None and rank.rank == 0:
+        check_table(Path(asked.append).expanduser())
     device = join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
     config = replace(
         config,
@@ -85,10 +102,10 @@ def run_bench(asked: Asked, config: Config, rank: Rank) -> int:
         context = stack.enter_context(grid(config.parallel, device, config.seed))
         weights = STORED if asked.synthetic is None else _drawn(config.seed, context)
         log = stack.enter_context(RunLog(config.run_dir, 0, config, enabled=context.is_first and not asked.as_json))
-        measured = _measured(asked, config, inputs, weights, context, log)
+        measured, stream = _measured(asked, config, inputs, weights, context, log)
     dist.destroy_process_group()
     if rank.rank == 0:
-        _tell(asked, config, inputs, measured, device)
+        _tell(asked, _setting(asked, config, inputs, stream, rank.world_size, device), measured)
     return 0
 
 
@@ -109,7 +126,7 @@ def _drawn(seed: int, context: ParallelContext) -> Weights:
 
 def _measured(
     asked: Asked, config: Config, inputs: Inputs, weights: Weights, context: ParallelContext, log: RunLog
-) -> Measured:
+) -> tuple[Measured, Stream]:
     fixed = context.device.type == "cuda"
     pair_cost = inputs.shape.attended_pair_cost
     streams = open_streams(config, inputs.stores, context.data_size, pair_cost, fixed_length=fixed)
@@ -156,7 +173,7 @@ def _measured(
     ahead = _seconds_ahead(state, train, config, context) if train.column is not None else None
     if asked.trace is not None:
         _trace(asked.trace, state, portions, reference, context, step)
-    return Measured(records, [own for own, _ in ranks], ahead)
+    return Measured(records, [own for own, _ in ranks], ahead), train.stream
 
 
 def _of_all_ranks(value: Any, context: ParallelContext) -> list[Any]:
@@ -201,6 +218,8 @@ def _trace(
     path = Path(file).expanduser()
     path = path.with_name(f"{path.name.partition('.')[0]}-{context.rank}.{path.name.partition('.')[2] or 'json'}")
     parts = Parts(context.device, trace=True)
+    with storage_errors(path, "--trace"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     with profiler(str(path)), _told(parts, state, portions, reference):
         step(parts)
@@ -338,17 +357,41 @@ def _head_hooks(head: Any, parts: Parts) -> list[Any]:
 # What is told ------------------------------------------------------------------------------------------------
 
 
-def _tell(asked: Asked, config: Config, inputs: Inputs, measured: Measured, device: torch.device) -> None:
-    found = versions()
-    attention, _ = choose_backend(device, DTYPES[config.model.dtype], inputs.shape)
-    setting = Setting.of(
-        config, inputs.shape, found, device.type == "cuda", attention, mcore_fixes.have_te(), asked.command
+def _setting(asked: Asked, config: Config, inputs: Inputs, stream: Stream, world: int, device: torch.device) -> Setting:
+    found, shape = versions(), inputs.shape
+    attention, _ = choose_backend(device, DTYPES[config.model.dtype], shape)
+    te = mcore_fixes.have_te() and not config.model.fp8_emulation
+    return Setting(
+        device=device_text(list(found["devices"]), device.type == "cuda", world),
+        driver=str(found["nvidia-driver"]),
+        versions={name: str(found[name]) for name in PACKAGES},
+        commit=commit_here(),
+        model=f"{shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}",
+        data=_data_text(asked, config, inputs),
+        grid=grid_text(config.parallel, world, shape.experts is not None),
+        precision=precision_text(config.model),
+        objective=objective_text(config, inputs.reference_shape),
+        batch=batch_text(config.batch, stream.budget, stream.grain is None),
+        parts_in_use=f"layers: {'Transformer Engine' if te else 'Megatron-Core'}; attention: {attention}",
+        command=asked.command,
     )
+
+
+def _data_text(asked: Asked, config: Config, inputs: Inputs) -> str:
+    if asked.synthetic is not None:
+        mean = f"{asked.synthetic.prompt} + {asked.synthetic.response}"
+        spread = f"spread {asked.synthetic.spread:g}, at most {asked.synthetic.most}"
+        return f"random weights, random groups of {mean} tokens ({spread})"
+    names = ", ".join(Path(source).name for source in config.data.train)
+    return f"{names}, {len(inputs.train)} groups, max_length {config.data.max_length}"
+
+
+def _tell(asked: Asked, setting: Setting, measured: Measured) -> None:
     if asked.append is not None:
         append_row(Path(asked.append).expanduser(), setting, measured)
     out = sys.__stdout__
     assert out is not None
     if asked.as_json:
-        print(json.dumps({**asdict(setting), **measured.summary()}), file=out, flush=True)
+        print(json.dumps({**asdict(setting), "what": setting.what, **measured.summary()}), file=out, flush=True)
     else:
         print(text_of(setting, measured), file=out, flush=True)

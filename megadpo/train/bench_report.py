@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megadpo.config import Config
+from megadpo.config import BatchConfig, Config, ModelConfig, ParallelConfig
 from megadpo.convert.shape import ModelShape
+from megadpo.data.packing import Budget
+from megadpo.errors import ConfigError
 from megadpo.files import storage_errors
+from megadpo.objectives.names import name_of
 from megadpo.observe.parts import PARTS, Part
 from megadpo.observe.speed import short
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine")
 """Whose versions a row names."""
+WHAT = ("model", "data", "grid", "precision", "objective", "batch", "parts_in_use")
+"""Of a Setting: what ran, beside where."""
 RATES = ("tokens_per_second", "scored_tokens_per_second", "pairs_per_second")
 COLUMNS = (
     "date",
@@ -27,7 +32,7 @@ COLUMNS = (
     "driver",
     "versions",
     "commit",
-    "model, grid",
+    "model; data; grid; precision; objective; batch; parts in use",
     "s per step: median (lowest - highest)",
     "tokens/s",
     "scored tokens/s",
@@ -83,47 +88,87 @@ class Measured:
 
 @dataclass(frozen=True)
 class Setting:
-    """What it was measured on."""
+    """What it was measured on: whatever two rows can differ in."""
 
     device: str
     driver: str
     versions: dict[str, str]
     commit: str
     model: str
+    data: str
     grid: str
+    precision: str
+    objective: str
+    batch: str
     parts_in_use: str
     command: str
 
-    @staticmethod
-    def of(
-        config: Config,
-        shape: ModelShape,
-        found: dict[str, str | list[str]],
-        on_gpu: bool,
-        attention: str,
-        te: bool,
-        command: str,
-    ) -> Setting:
-        """found: as `observe.versions.versions` gives it. attention: the back end. te: whether layers are
-        Transformer Engine's."""
-        parallel, model = config.parallel, config.model
-        devices = list(found["devices"]) if on_gpu else [cpu_here()]
-        fp8 = f", FP8 {model.fp8_format} {model.fp8_recipe}" if model.fp8_format else ""
-        return Setting(
-            device=f"{len(devices)} x {devices[0]}" if len(devices) > 1 else devices[0],
-            driver=str(found["nvidia-driver"]),
-            versions={name: str(found[name]) for name in PACKAGES},
-            commit=commit_here(),
-            model=(
-                f"{shape.family}, {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary {shape.vocab_size}"
-            ),
-            grid=(
-                f"TP{parallel.tensor_model_parallel_size} PP{parallel.pipeline_model_parallel_size}, "
-                f"{model.dtype}{fp8}, recompute {model.recompute}"
-            ),
-            parts_in_use=f"layers: {'Transformer Engine' if te else 'Megatron-Core'}; attention: {attention}",
-            command=command,
+    @property
+    def what(self) -> str:
+        """What ran, in one cell."""
+        return "; ".join(getattr(self, name) for name in WHAT)
+
+
+def grid_text(parallel: ParallelConfig, world: int, experts: bool) -> str:
+    """TP2 SP PP2 VPP3 DP4 EP8, sharded optimizer, overlap of gradients and parameters"""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    sizes = [f"TP{tensor}", "SP" if parallel.sequence_parallel else "", f"PP{pipeline}"]
+    sizes += [f"VPP{virtual}" if virtual else "", f"DP{world // (tensor * pipeline)}"]
+    sizes += [f"EP{parallel.expert_model_parallel_size}" if experts else ""]
+    overlapped = {
+        "gradients": parallel.overlap_grad_reduce,
+        "parameters": parallel.overlap_param_gather,
+        "messages": bool(virtual) and parallel.overlap_p2p_comm,
+        "tensor": parallel.tp_comm_overlap,
+    }
+    names = [name for name, on in overlapped.items() if on]
+    return ", ".join(
+        [
+            " ".join(size for size in sizes if size),
+            "sharded optimizer" if parallel.use_distributed_optimizer else "whole optimizer",
+            *([f"overlap of {' and '.join(names)}"] if names else []),
+        ]
+    )
+
+
+def precision_text(model: ModelConfig) -> str:
+    """bfloat16, FP8 hybrid tensorwise but 1 first and 1 last layers, FP8 weights, recompute full"""
+    found = [model.dtype]
+    if model.fp8_format:
+        kept = f"{model.num_layers_at_start_in_bf16} first and {model.num_layers_at_end_in_bf16} last layers"
+        found.append(
+            f"{'emulated ' if model.fp8_emulation else ''}FP8 {model.fp8_format} {model.fp8_recipe}"
+            + (f" but {kept}" if model.first_last_layers_bf16 else "")
         )
+        found += ["FP8 weights"] if model.fp8_param_gather else []
+    found.append(f"recompute {model.recompute}")
+    return ", ".join([*found, *([] if model.logprob_backend == "auto" else [f"head {model.logprob_backend}"])])
+
+
+def objective_text(config: Config, reference: ModelShape) -> str:
+    """dpo, reference resident in FP8. reference: its shape."""
+    name, how = name_of(config.objective), config.reference
+    if not config.objective.needs_reference:
+        return f"{name}, no reference"
+    every = f" every {how.swap_steps} steps" if how.mode == "swapped" else ""
+    other = f" of {reference.num_layers} layers, hidden {reference.hidden_size}" if how.path else ""
+    return f"{name}, reference {how.mode}{' in FP8' if how.fp8_weights else ''}{every}{other}"
+
+
+def batch_text(batch: BatchConfig, budget: Budget, fixed: bool) -> str:
+    """64 groups a step, micro-batches of 8192 rows. fixed: whether all are so long; else they end with their groups."""
+    most = f" and {budget.groups} groups" if budget.groups else ""
+    repeated = "" if batch.share_prompt else ", prompts repeated"
+    rows = f"{'' if fixed else 'at most '}{budget.tokens} rows{most}"
+    return f"{batch.global_batch_size} groups a step, micro-batches of {rows}{repeated}"
+
+
+def device_text(names: Sequence[str], on_gpu: bool, world: int) -> str:
+    """16 x NVIDIA H100. names: of this machine's GPUs; those of a job on several are taken to be alike."""
+    if on_gpu:
+        return f"{world} x {names[0]}" if world > 1 else names[0]
+    return cpu_here() + (f", {world} processes" if world > 1 else "")
 
 
 def commit_here() -> str:
@@ -158,7 +203,9 @@ def text_of(setting: Setting, measured: Measured) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
     lines = [
         f"device     {setting.device}; driver {setting.driver}; {versions}; commit {setting.commit}",
-        f"model      {setting.model}; {setting.grid}; {setting.parts_in_use}",
+        f"model      {setting.model}; {setting.data}",
+        f"grid       {setting.grid}; {setting.precision}",
+        f"run        {setting.objective}; {setting.batch}; {setting.parts_in_use}",
         f"step       {found['seconds']:.4f} s ({found['seconds_lowest']:.4f} - {found['seconds_highest']:.4f}), median "
         f"(lowest - highest) of {found['steps']}",
         f"speed      {short(found['tokens_per_second'])} tokens/s, {short(found['scored_tokens_per_second'])} scored "
@@ -208,7 +255,7 @@ def row_of(setting: Setting, measured: Measured) -> list[str]:
         setting.driver,
         ", ".join(f"{name} {version}" for name, version in setting.versions.items()),
         setting.commit,
-        f"{setting.model}; {setting.grid}; {setting.parts_in_use}",
+        setting.what,
         f"{found['seconds']:.4f} ({found['seconds_lowest']:.4f} - {found['seconds_highest']:.4f})",
         *(f"{found[rate]:.4g}" for rate in RATES),
         f"{found['perf/tflops_per_gpu']:.4g}",
@@ -220,14 +267,30 @@ def row_of(setting: Setting, measured: Measured) -> list[str]:
     ]
 
 
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
+
+
+def check_table(path: Path) -> None:
+    """Raise, before hours of measuring, where `append_row` could not write or would mix two tables: StorageError,
+    ConfigError."""
+    with storage_errors(path, "--append"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        with path.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            text = file.read()
+        if not there:
+            path.unlink()
+    if text and HEAD not in text:
+        raise ConfigError(f"--append {path}: is no table of this version's rows (its head is another); name a new file")
+
+
 def append_row(path: Path, setting: Setting, measured: Measured) -> None:
     """A row at the end of a Markdown table; a new file gets its head. Raises StorageError."""
     cells = [cell.replace("|", "\\|") for cell in row_of(setting, measured)]
     with storage_errors(path, "--append"):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists() or path.stat().st_size == 0
+        title = "# Steps measured by `megadpo bench`\n\ndocs/bench.md says what the columns mean.\n\n" + HEAD
         with path.open("a", encoding="utf-8") as file:
-            if new:
-                file.write("# Steps measured by `megadpo bench`\n\ndocs/bench.md says what the columns mean.\n\n")
-                file.write(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n")
-            file.write(f"| {' | '.join(cells)} |\n")
+            file.write(f"{title if new else ''}| {' | '.join(cells)} |\n")

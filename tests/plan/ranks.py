@@ -44,6 +44,16 @@ MIXED = replace(
         count=4, per_token=2, ffn_hidden_size=24, layers=(False, True, True, True), shared_ffn_hidden_size=16
     ),
 )
+WIDE = replace(
+    LLAMA,
+    num_layers=6,
+    hidden_size=256,
+    ffn_hidden_size=704,
+    num_attention_heads=8,
+    kv_channels=32,
+    vocab_size=512,
+)
+"""Wide enough that working memory is more than small change."""
 LATENT = replace(
     LLAMA,
     num_query_groups=4,
@@ -67,12 +77,23 @@ class Case:
     recompute: str = "none"
     reference: ReferenceConfig = ReferenceConfig()  # noqa: RUF009  frozen
     objective: Objective = DPO()  # noqa: RUF009  frozen
+    fp8: str | None = None
+    """Recipe."""
+    fp8_weights: bool = False
+    """fp8_param_gather."""
+
+    @property
+    def model(self) -> ModelConfig:
+        plain = ModelConfig("nowhere", dtype=self.dtype, recompute=self.recompute)
+        if self.fp8 is None:
+            return plain
+        return replace(plain, fp8_format="hybrid", fp8_recipe=self.fp8, fp8_param_gather=self.fp8_weights)
 
     @property
     def config(self) -> Config:
         return Config(
             run_dir="nowhere",
-            model=ModelConfig("nowhere", dtype=self.dtype, recompute=self.recompute),
+            model=self.model,
             data=DataConfig(("nowhere",)),
             objective=self.objective,
             reference=self.reference,

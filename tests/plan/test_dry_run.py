@@ -23,8 +23,11 @@ from ranks import (
 
 from megadpo.config import ParallelConfig
 from megadpo.convert.families import read_shape
+from megadpo.objectives import SFT
 from megadpo.objectives.across_pairs import AOT
 from megadpo.objectives.reward_model import BradleyTerry
+from megadpo.objectives.token_level import TDPO2, WPO, Cringe
+from megadpo.objectives.unpaired import KTO
 from megadpo.plan.dry_run import even_batches, walk
 from megadpo.plan.even import Load
 
@@ -40,6 +43,11 @@ STEPS = [
     Case("whole batch at once", SHORT, ParallelConfig(), 1, objective=AOT()),
     Case("reward model", replace(REWARD, num_layers=2), ParallelConfig(), 1, objective=BradleyTerry()),
     Case("TP2", SHORT, ParallelConfig(2), 2),
+    Case("KTO", SHORT, ParallelConfig(2), 2, objective=KTO()),
+    Case("KL to the reference", SHORT, ParallelConfig(2), 2, reference=RESIDENT, objective=TDPO2()),
+    Case("drawn tokens", SHORT, ParallelConfig(2), 2, objective=Cringe()),
+    Case("squared probabilities", SHORT, ParallelConfig(2), 2, objective=WPO()),
+    Case("SFT, PP2", SHORT, ParallelConfig(1, 2), 2, objective=SFT()),
     Case("TP2, norm over all heads", replace(OLMO, num_layers=2), ParallelConfig(2, sequence_parallel=True), 2),
     Case("PP2, uneven stages, tied", replace(UNEVEN, num_layers=3, tied=True), ParallelConfig(1, 2), 2),
     Case("PP2 virtual", LLAMA, ParallelConfig(1, 2, 2), 2, recompute="selective"),

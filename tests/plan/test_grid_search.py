@@ -210,7 +210,7 @@ def test_a_stage_in_the_middle_can_be_the_fullest(tmp_path: Path) -> None:
 
     def heavy(shape: ModelShape, config: Config, world: int, rank: int, *rest: Any) -> RankNumbers:
         plain = count(shape, config, world, rank, *rest)
-        here = [layer for chunk in range(4) for layer in layers_of(shape, plain.stage, 8, chunk, 4)]
+        here = [layer for chunk in range(4) for layer in layers_of(layers, plain.stage, 8, chunk, 4)]
         return replace(plain, memory=replace(plain.memory, weights=GIB * (10 * sum(here) + len(here))))
 
     whole = Search(replace(found.space, shapes=Shapes(shape, shape)), found.lengths, heavy)

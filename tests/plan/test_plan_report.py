@@ -243,14 +243,11 @@ def test_shapes_are_config_json_only() -> None:
         assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
-def test_fp8s_memory_is_said_to_be_bfloat16s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With Transformer Engine or without: neither counts what FP8 keeps."""
+def test_fp8s_memory_is_said_to_be_from_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = command.Request(8, "h100-80gb", rows=1)
-    for there in (True, False):
-        monkeypatch.setattr("megadpo.plan.grids.have_te", lambda there=there: there)
-        monkeypatch.setattr(command.Search, "run", lambda self, **more: Found((), (), 0, 0))
-        for fp8 in (None, "hybrid"):
-            given = config(tmp_path)
-            given = replace(given, model=replace(given.model, fp8_format=fp8))
-            said = command.plan(given, request, counted.count).assumptions
-            assert any("memory as in bfloat16" in line for line in said) == (fp8 is not None)
+    monkeypatch.setattr(command.Search, "run", lambda self, **more: Found((), (), 0, 0))
+    for fp8 in (None, "hybrid"):
+        given = config(tmp_path)
+        given = replace(given, model=replace(given.model, fp8_format=fp8))
+        said = command.plan(given, request, counted.count).assumptions
+        assert any("FP8's memory" in line for line in said) == (fp8 is not None)

@@ -3,32 +3,29 @@
 from dataclasses import replace
 
 import pytest
-from ranks import HELD_IN_FP8, LLAMA, MIXED, RESIDENT, SWAPPED, UNEVEN, Case
+from ranks import HELD_IN_FP8, LLAMA, MIXED, RESIDENT, REWARD, SWAPPED, UNEVEN, WIDE, Case
 from test_counts import GRIDS
 
 from megadpo.config import ParallelConfig
+from megadpo.objectives import SFT
+from megadpo.objectives.reward_model import BradleyTerry
+from megadpo.objectives.token_level import TDPO2, WPO, Cringe
+from megadpo.objectives.unpaired import KTO
 from megadpo.plan.counts import held
 from megadpo.plan.dry_run import walk
 from megadpo.plan.even import Load
+from megadpo.plan.fp8_memory import HOPPER
 from megadpo.plan.numbers import Collective, RankNumbers
 from megadpo.plan.profile import rank_numbers
 
-WIDE = replace(
-    LLAMA,
-    num_layers=6,
-    hidden_size=256,
-    ffn_hidden_size=704,
-    num_attention_heads=8,
-    kv_channels=32,
-    vocab_size=512,
-)
 LOAD = Load(tokens=512, scored=256, micro_batches=2)
 SMALL = 128
 """Bytes: collectives of counts, norms and totals have less."""
 
 
 def light(case: Case, world: int, rank: int, load: Load = LOAD, gpu: bool = True) -> RankNumbers:
-    return rank_numbers(case.shape, case.config, world, rank, load.tokens, load.scored, load.micro_batches, gpu)
+    capability = HOPPER if gpu else None
+    return rank_numbers(case.shape, case.config, world, rank, load.tokens, load.scored, load.micro_batches, capability)
 
 
 SOME = {"no sharding", "PP2, tied", "DP2, float32", "TP2, experts split", "TP2 PP2", "EP2 PP2"}
@@ -90,6 +87,30 @@ def test_the_rest_is_close(case: Case, ranks: tuple[int, ...]) -> None:
         working = [numbers.memory.activations + numbers.memory.logits for numbers in (short, long)]
         assert working[0] == pytest.approx(working[1], rel=0.1)
         assert short.memory.total == pytest.approx(long.memory.total, rel=0.03)
+
+
+SHORT = replace(WIDE, num_layers=2)
+OTHERS = [
+    Case("KTO", SHORT, ParallelConfig(), 1, objective=KTO()),
+    Case("KL to the reference", SHORT, ParallelConfig(2), 2, reference=RESIDENT, objective=TDPO2()),
+    Case("drawn tokens", SHORT, ParallelConfig(2), 2, objective=Cringe()),
+    Case("squared probabilities", SHORT, ParallelConfig(2), 2, objective=WPO()),
+    Case("SFT", SHORT, ParallelConfig(), 1, objective=SFT()),
+    Case("reward model", replace(SHORT, head=REWARD.head), ParallelConfig(), 1, objective=BradleyTerry()),
+]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_other_heads_are_close(case: Case) -> None:
+    """What the head is asked for beside log-probabilities, and heads that are none."""
+    load = replace(LOAD, groups=2)
+    short, long = light(case, case.ranks, 0, load), walk(case.shape, case.config, case.ranks, 0, load).numbers
+    if "mismatched_kl" not in case.objective.needs:  # whose forward pass over others' responses is not in it
+        assert short.flops == pytest.approx(long.flops, rel=1e-12)
+        assert _large(short) == _large(long)
+    one, two = (numbers.memory.activations + numbers.memory.logits for numbers in (short, long))
+    assert one == pytest.approx(two, rel=0.1)
+    assert short.memory.total == pytest.approx(long.memory.total, rel=0.03)
 
 
 def _large(numbers: RankNumbers) -> dict[tuple[str, str, int], int]:

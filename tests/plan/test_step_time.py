@@ -20,8 +20,8 @@ from megadpo.plan.grids import Candidate
 from megadpo.plan.layers import Grid, linear_products
 from megadpo.plan.machine import Device, wire
 from megadpo.plan.search import Search
-from megadpo.plan.time import Estimate, model_flops
-from megadpo.plan.workload import of_store
+from megadpo.plan.time import Estimate, _stages, model_flops
+from megadpo.plan.workload import Assumed, assumed, of_store
 from megadpo.train.inputs import Shapes, read_shapes
 from megadpo.train.speed import Meter
 
@@ -221,6 +221,31 @@ def test_operations_are_the_logs(tmp_path: Path, share: bool, window: Window | N
     assert model_flops(situation) == pytest.approx(useful)
     how = found.estimate(one)
     assert how.mfu * how.update * 2 * found.space.gpu.bf16_flops == pytest.approx(useful)
+
+
+def test_layers_with_a_window_are_timed_one_by_one(tmp_path: Path) -> None:
+    """Two stages, all windows in the first: it alone has less attention, by the pairs inside the window."""
+    given = config(tmp_path, batch={"global_batch_size": 8})
+    shape = read_shapes(given, 1).policy
+    data = Assumed(100, 2, 700, 700, 0.0)
+
+    def of_stages(window: Window | None) -> list[float]:
+        has = replace(shape, window=window)
+        lengths = assumed(data, 2048, True, has)
+        found = Search(replace(search(given, 2).space, shapes=Shapes(has, has)), lengths, count)
+        one = candidate(pipeline=2, data=1, tokens=4096)
+        situation = found.situation(one)
+        stages = _stages(situation, [found.numbers(one, stage) for stage in (0, 1)])
+        work = situation.work
+        assert (work.most_window_area < work.most_area) == (window is not None)
+        return [stage.attention for stage in stages]
+
+    plain, windows = of_stages(None), of_stages(Window(128, (True,) * 16 + (False,) * 16))
+    assert plain[0] == plain[1] == windows[1]
+    # of 128 rows each but the first ones of the prompt and what both responses see of it, over whole triangles; short
+    # segments run at less of the peak
+    assert 0.1 * plain[0] < windows[0] < 0.6 * plain[0]
+    assert of_stages(Window(128, (True,) * 32))[1] == windows[0]
 
 
 def test_ends_of_the_pipeline_stand_far_apart(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,23 @@ from distributed import run_ranks
 from tiny import write_llama
 
 from megadpo import cli
-from megadpo.config import ModelConfig, ParallelConfig
+from megadpo.config import Config, DataConfig, ModelConfig, ParallelConfig
 from megadpo.convert.families import read_shape
 from megadpo.data.kinds import Wanted
+from megadpo.data.packing import Budget
 from megadpo.data.synthetic import Lengths, random_groups, write_store
-from megadpo.errors import ConfigError
+from megadpo.errors import ConfigError, StorageError
 from megadpo.model.build import build_chunks
 from megadpo.model.drawn import draw_weights
+from megadpo.objectives.reference_free import SimPO
 from megadpo.observe import parts as parts_module
 from megadpo.observe.parts import PARTS, Parts
 from megadpo.parallel.calls import waited, watched
 from megadpo.parallel.context import grid
 from megadpo.sweep import combinations, reason
+from megadpo.train.bench_report import batch_text, check_table, grid_text, objective_text, precision_text
 
+LLAMA = read_shape(Path(__file__).resolve().parents[2] / "launch" / "recipes" / "shapes" / "llama3.1-8b")
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = 0.5
 
@@ -209,6 +216,74 @@ def test_a_sweep_has_a_row_for_what_failed(run_file: Path, capfd: pytest.Capture
     assert re.match(rf"\| {re.escape(settings)} \| \d+\.\d{{4}} \| \d", good)
     assert bad.startswith("| parallel.tensor_model_parallel_size=3 batch.micro_batch_tokens=80 | failed: ")
     assert "3 does not divide" in bad or "must divide" in bad or "multiple" in bad
+
+
+def test_under_torchrun(run_file: Path) -> None:
+    """Two ranks that are data-parallel: one speaks and one writes the row, and both are in the table."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["-m", "megadpo.cli", "bench", str(run_file), *RANDOM, "--append", "rows.md", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*command, *asked], env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(rank["rank"], rank["stage"]) for rank in found["ranks"]] == [(0, 0), (1, 0)]
+    for rank in found["ranks"]:
+        assert sum(rank["parts"].values()) == pytest.approx(rank["step_seconds"], rel=1e-9)
+    assert found["grid"] == "TP1 PP1 DP2, sharded optimizer"
+    assert "2 processes" in found["device"]
+    [row] = [line for line in Path("rows.md").read_text().splitlines() if line.startswith("| 20")]
+    assert found["what"] in row
+
+
+def test_what_two_rows_can_differ_in() -> None:
+    """Every setting that makes a step another one is in the cell."""
+    plain = Config("", ModelConfig("m"), DataConfig(("d",)))
+
+    def cell(config: Config, world: int = 16) -> str:
+        return "; ".join([
+            grid_text(config.parallel, world, True), precision_text(config.model), objective_text(config, LLAMA),
+            batch_text(config.batch, Budget(8192, config.batch.micro_batch_size), True),
+        ])  # fmt: skip
+
+    changes: dict[str, dict[str, Any]] = {
+        "parallel": dict(
+            tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2,
+            expert_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=False,
+            overlap_grad_reduce=True, overlap_param_gather=True, tp_comm_overlap=True,
+        ),
+        "model": dict(dtype="float32", recompute="full", logprob_backend="triton", fp8_format="hybrid"),
+        "reference": dict(mode="swapped", fp8_weights=True, path="other"),
+        "batch": dict(global_batch_size=8, micro_batch_size=3, share_prompt=False),
+    }  # fmt: skip
+    cells = [cell(plain), cell(plain, world=32)]
+    for section, settings in changes.items():
+        for name, value in settings.items():
+            cells.append(cell(replace(plain, **{section: replace(getattr(plain, section), **{name: value})})))
+    fp8 = replace(plain.model, fp8_format="hybrid")
+    for name, value in dict(
+        fp8_format="e4m3",
+        fp8_recipe="blockwise",
+        fp8_param_gather=True,
+        first_last_layers_bf16=True,
+        fp8_emulation=True,
+    ).items():
+        cells.append(cell(replace(plain, model=replace(fp8, **{name: value}))))
+    cells.append(cell(replace(plain, objective=SimPO())))
+    assert len(set(cells)) == len(cells)
+    assert cells[0] == (
+        "TP1 PP1 DP16 EP1, sharded optimizer; bfloat16, recompute none; dpo, reference precomputed; "
+        "64 groups a step, micro-batches of 8192 rows"
+    )
+
+
+def test_a_table_of_another_kind_is_not_added_to(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other.md").write_text("| date | speed |\n| --- | --- |\n")
+    with pytest.raises(ConfigError, match="is no table of this version's rows"):
+        check_table(Path("other.md"))
+    check_table(Path("deep/new.md"))
+    assert list(Path("deep").iterdir()) == []
+    with pytest.raises(StorageError, match="set --append to another place"):
+        check_table(Path("other.md/rows.md"))
 
 
 def test_combinations_of_settings() -> None:
