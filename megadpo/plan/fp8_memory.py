@@ -106,25 +106,26 @@ def _keep(layer: torch.nn.Module, kept: Kept, trained: bool) -> None:
         weight = getattr(module, "weight", None)
         if weight is None:  # held in FP8 alone: model/fp8_weights.py
             continue
-        size = kept.beside(*weight.shape, trained)
+        rows, columns = weight.shape
+        size = kept.beside(rows, columns, trained)
         module.register_buffer("fp8_casts", torch.empty(size, dtype=torch.uint8, device=weight.device), False)
         weight.in_fp8 = kept.gathered
         if trained:
             original = kept.recipe != "delayed" and name.endswith(ORIGINAL)
-            module.forward = partial(_forward, module.forward, kept, original)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module.forward, kept, original)
 
 
 def _forward(forward: Any, kept: Kept, original: bool, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """A linear layer's, with the casts of x and of the output's gradient beside it."""
     rows, columns = x.numel() // x.shape[-1], x.shape[-1]
-    storage = x.untyped_storage()._cdata
+    storage, device = x.untyped_storage()._cdata, x.device  # the hooks below live on, and must not hold x
     gradient: list[Tensor] = []
     saves = torch.is_grad_enabled()
 
     def pack(saved: Tensor) -> Any:
         if original or saved.untyped_storage()._cdata != storage:
             return saved
-        cast = torch.empty(kept.of_input(rows, columns), dtype=torch.uint8, device=x.device)
+        cast = torch.empty(kept.of_input(rows, columns), dtype=torch.uint8, device=device)
         return cast, saved.shape, saved.dtype
 
     def unpack(packed: Any) -> Tensor:
@@ -133,7 +134,7 @@ def _forward(forward: Any, kept: Kept, original: bool, x: Tensor, *args: Any, **
         cast, shape, dtype = packed
         return cast.new_empty(1, dtype=dtype).expand(shape)  # the product reads the cast itself
 
-    in_product = torch.empty(kept.of_input(rows, columns), dtype=torch.uint8, device=x.device)
+    in_product = torch.empty(kept.of_input(rows, columns), dtype=torch.uint8, device=device)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output, bias = forward(After.apply(x, gradient) if saves else x, *args, **kwargs)
     del in_product

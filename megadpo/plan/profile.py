@@ -13,6 +13,7 @@ from typing import TypeVar
 from megadpo.config import Config, ModelConfig
 from megadpo.convert.shape import ModelShape
 from megadpo.model.build import DTYPES, stage_layers
+from megadpo.objectives import Objective
 from megadpo.parallel.context import expert_tensor_size
 from megadpo.plan import buckets
 from megadpo.plan.buckets import Sharding, Weight, bytes_of
@@ -51,27 +52,28 @@ def rank_numbers(
     """
     place = Place.of(config, world_size, rank)
 
-    def kind(model: ModelShape, layer: Layer, layers: int, first: bool, last: bool) -> StageKind:
-        return kind_of(model, config, layer, layers, first, last, tokens, scored, capability is not None)
+    def kind(model: ModelShape, frozen: bool, layer: Layer, layers: int, first: bool, last: bool) -> StageKind:
+        found = kind_of(model, config, layer, layers, first, last, tokens, scored, capability is not None)
+        return replace(found, frozen=frozen and asks_for_more(config.objective))
 
     def own_layers(model: ModelShape, virtual: int, frozen: bool = False) -> list[Layer]:
         return place.part(memory_layers(model, config.model, capability, frozen), virtual)
 
-    def chunks_of(model: ModelShape) -> list[Chunk]:
+    def chunks_of(model: ModelShape, frozen: bool = False) -> list[Chunk]:
         return [
-            _chunk(own_layers(model, virtual), place, virtual, lambda *what: measured(kind(model, *what)))
+            _chunk(own_layers(model, virtual), place, virtual, lambda *what: measured(kind(model, frozen, *what)))
             for virtual in range(place.virtual)
         ]
 
     chunks = chunks_of(shape)
     other = reference or shape
-    others = chunks_of(other) if has_second(config) else []
+    others = chunks_of(other, frozen=True) if has_second(config) else []
     frozen_bytes = sum(
         _frozen_bytes(
             own_layers(other, virtual, frozen=True),
             place,
             virtual,
-            lambda *what: frozen(kind(other, *what), config.reference.fp8_weights),
+            lambda *what: frozen(kind(other, True, *what), config.reference.fp8_weights),
         )
         for virtual in range(len(others))
     )
@@ -115,6 +117,11 @@ def rank_numbers(
         collectives=tally.collectives(),
         flops=tally.flops,
     )
+
+
+def asks_for_more(objective: Objective) -> bool:
+    """Whether the policy's head is asked for more than a reference's: whole distributions, drawn tokens."""
+    return bool({"kl_N", "collision_N"} & objective.needs) or objective.top_k is not None
 
 
 @dataclass(frozen=True)

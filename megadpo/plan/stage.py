@@ -88,6 +88,8 @@ class StageKind:
     """Of its layers."""
     first: bool
     last: bool
+    frozen: bool = False
+    """Of a reference: its head is asked for log-probabilities alone, whatever the objective wants of the policy's."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,10 @@ def measured(kind: StageKind) -> Stage:
             hidden_TD = torch.empty(rows, 1, kind.shape.hidden_size, dtype=dtype, requires_grad=True)
             chunk.module.set_input_tensor([hidden_TD])
         with torch.no_grad():
-            chunk(*_asked(batch.to(context.device), chunk.module, objective))
+            chunk(*_asked(batch.to(context.device), chunk.module, kind))
         scoring = _working(vars(recorder.peak)) - there
         recorder.start()
-        output = chunk(*_asked(batch.to(context.device), chunk.module, objective))
+        output = chunk(*_asked(batch.to(context.device), chunk.module, kind))
         saved = _working(recorder.live) - there
         forward = Pass(_working(vars(recorder.peak)) - there, recorder.collectives, recorder.flops)
         recorder.start()
@@ -237,8 +239,11 @@ def _weight(parameter: torch.nn.Parameter) -> Weight:
     )
 
 
-def _asked(batch: PackedBatch, module: Policy, objective: Objective) -> tuple[PackedBatch, Asked]:
+def _asked(batch: PackedBatch, module: Policy, kind: StageKind) -> tuple[PackedBatch, Asked]:
     """As train.passes.asked_of asks, with a reference's head and hidden rows where the objective compares with them."""
+    if kind.frozen:
+        return batch, Asked()
+    objective = kind.objective
     weight_VE = module.head_weight() if "kl_N" in objective.needs else None
     if weight_VE is not None:
         weight_VE = torch.empty_like(weight_VE)

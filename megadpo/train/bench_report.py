@@ -134,7 +134,7 @@ def grid_text(parallel: ParallelConfig, world: int, experts: bool) -> str:
 
 def precision_text(model: ModelConfig) -> str:
     """bfloat16, FP8 hybrid tensorwise but 1 first and 1 last layers, FP8 weights, recompute full"""
-    found = [model.dtype]
+    found: list[str] = [model.dtype]
     if model.fp8_format:
         kept = f"{model.num_layers_at_start_in_bf16} first and {model.num_layers_at_end_in_bf16} last layers"
         found.append(

@@ -19,7 +19,7 @@ def stage(kind: StageKind) -> Stage:
     shape, grid, tokens = kind.shape, kind.parallel, kind.tokens
     tensor = grid.tensor_model_parallel_size
     layers = shape.num_layers // grid.pipeline_model_parallel_size
-    layer = Weight(shape.linear_multiplications // tensor, expert=False, shared=False, summed=False)
+    layer = Weight(int(shape.linear_multiplications) // tensor, expert=False, shared=False, summed=False)
     end = Weight(shape.vocab_size * shape.hidden_size // tensor, expert=False, shared=False, summed=False)
     row = 2 * shape.hidden_size // (tensor if grid.sequence_parallel else 1)
     of_row = {"none": 17 if grid.sequence_parallel else 9, "selective": 15 if grid.sequence_parallel else 8, "full": 1}

@@ -11,6 +11,7 @@ from megadpo.plan.even import Load
 from megadpo.plan.fp8_memory import HOPPER, Kept
 from megadpo.plan.numbers import RankNumbers
 from megadpo.plan.profile import rank_numbers
+from megadpo.plan.stage import Layer, kind_of, measured
 
 BLACKWELL = (10, 0)
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -58,12 +59,21 @@ def test_of_a_rank(recipe: str) -> None:
     for part in ("gradients", "optimizer"):
         assert getattr(fp8.memory, part) == getattr(plain.memory, part)
     assert fp8.parameters == plain.parameters
-    # inputs of queries, keys and values, and of both products of the MLP, in a byte instead of two; that of the
-    # projection stays for attention, and delayed scaling has its cast beside it
-    saved = TOKENS * (HIDDEN + HIDDEN + FFN - (HIDDEN if recipe == "delayed" else 0))
-    less = plain.memory.activations - fp8.memory.activations
-    # of one layer; in the other the backward pass is going on, with casts of its own
-    assert 0.85 * saved - 2 * TOKENS * FFN < less < 2 * saved
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_of_a_layers_activations(recipe: str) -> None:
+    """Between forward and backward, inputs of queries, keys and values, and of both products of the MLP, take a byte
+    instead of two; that of the projection stays for attention, and delayed scaling has its cast beside it."""
+
+    def saved(layer: Layer) -> int:
+        config = Case("", SHORT, ParallelConfig(), 1).config
+        return measured(kind_of(SHORT, config, layer, 1, False, False, TOKENS, 256, True)).saved.activations
+
+    widths = HIDDEN + HIDDEN + FFN
+    scales = {"blockwise": 4 * TOKENS // 128 * widths, "mxfp8": TOKENS // 32 * widths, "tensorwise": 12, "delayed": 16}
+    beside = TOKENS * HIDDEN if recipe == "delayed" else 0
+    assert saved(Layer()) - saved(Layer(fp8=kept(recipe))) == TOKENS * widths - beside - scales[recipe]
 
 
 def test_weights_in_fp8() -> None:

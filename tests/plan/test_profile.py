@@ -103,8 +103,7 @@ OTHERS = [
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
 def test_other_heads_are_close(case: Case) -> None:
     """What the head is asked for beside log-probabilities, and heads that are none."""
-    load = replace(LOAD, groups=2)
-    short, long = light(case, case.ranks, 0, load), walk(case.shape, case.config, case.ranks, 0, load).numbers
+    short, long = light(case, case.ranks, 0), walk(case.shape, case.config, case.ranks, 0, LOAD).numbers
     if "mismatched_kl" not in case.objective.needs:  # whose forward pass over others' responses is not in it
         assert short.flops == pytest.approx(long.flops, rel=1e-12)
         assert _large(short) == _large(long)
