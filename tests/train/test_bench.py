@@ -1,9 +1,10 @@
 """megadpo bench: parts that sum to the step, waiting told from communication, and what the command line gives."""
 
 import json
+import multiprocessing
 import os
 import re
-import subprocess
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -208,24 +209,42 @@ def test_parts_sum_to_the_step_on_every_rank(run_file: Path, capfd: pytest.Captu
 
 
 def test_a_sweep_has_a_row_for_what_failed(run_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    sweep = ("--sweep", "parallel.tensor_model_parallel_size=1,3", "batch.micro_batch_tokens=80")
+    sweep = ("--sweep", "parallel.tensor_model_parallel_size=1,0", "batch.micro_batch_tokens=80")
     assert cli.main(["bench", str(run_file), *RANDOM, *sweep]) == 0
     head, _, good, bad = capfd.readouterr().out.splitlines()
     assert head.startswith("| settings | s per step |")
     settings = "parallel.tensor_model_parallel_size=1 batch.micro_batch_tokens=80"
     assert re.match(rf"\| {re.escape(settings)} \| \d+\.\d{{4}} \| \d", good)
-    assert bad.startswith("| parallel.tensor_model_parallel_size=3 batch.micro_batch_tokens=80 | failed: ")
-    assert "3 does not divide" in bad or "must divide" in bad or "multiple" in bad
+    assert bad.startswith("| parallel.tensor_model_parallel_size=0 batch.micro_batch_tokens=80 | failed: ")
+    assert "must be at least 1" in bad
+    assert "; TP1 PP1 DP1, sharded optimizer; float32, recompute none; dpo, reference precomputed; " in good
+
+
+def as_torchrun_starts(rank: int, port: int, arguments: list[str]) -> None:
+    """One of two processes that `torchrun -m megadpo.cli` would start; what it says goes to a file."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.dup2(os.open(f"said-{rank}", os.O_CREAT | os.O_WRONLY), 1)
+    sys.exit(cli.main(arguments))
 
 
 def test_under_torchrun(run_file: Path) -> None:
-    """Two ranks that are data-parallel: one speaks and one writes the row, and both are in the table."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    asked = ["-m", "megadpo.cli", "bench", str(run_file), *RANDOM, "--append", "rows.md", "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*command, *asked], env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    """Two ranks that are data-parallel: one speaks and one writes the row, and both are in the table. (The real
+    torchrun: tests/launch/test_join.py; here it would import everything twice more.)"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["bench", str(run_file), *RANDOM, "--append", "rows.md", "--json"]
+    fork: Any = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=as_torchrun_starts, args=(rank, port, arguments)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    found = json.loads(Path("said-0").read_text())
+    assert Path("said-1").read_text() == ""
     assert [(rank["rank"], rank["stage"]) for rank in found["ranks"]] == [(0, 0), (1, 0)]
     for rank in found["ranks"]:
         assert sum(rank["parts"].values()) == pytest.approx(rank["step_seconds"], rel=1e-9)
