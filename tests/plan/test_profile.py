@@ -7,6 +7,7 @@ from ranks import HELD_IN_FP8, LLAMA, MIXED, RESIDENT, REWARD, SWAPPED, UNEVEN, 
 from test_counts import GRIDS
 
 from megadpo.config import ParallelConfig
+from megadpo.convert.shape import Experts
 from megadpo.objectives import SFT
 from megadpo.objectives.reward_model import BradleyTerry
 from megadpo.objectives.token_level import TDPO2, WPO, Cringe
@@ -110,6 +111,33 @@ def test_other_heads_are_close(case: Case) -> None:
     one, two = (numbers.memory.activations + numbers.memory.logits for numbers in (short, long))
     assert one == pytest.approx(two, rel=0.1)
     assert short.memory.total == pytest.approx(long.memory.total, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks", "load"),
+    [
+        (13, 4, 2, Load(tokens=32, scored=16, micro_batches=4)),
+        pytest.param(61, 8, 4, Load(tokens=64, scored=32, micro_batches=8), marks=pytest.mark.slow),
+    ],
+)
+def test_the_fullest_rank_behind_dense_layers(layers: int, stages: int, chunks: int, load: Load) -> None:
+    """DeepSeek-V3's layout: three dense layers, then experts, in uneven chunks. Every stage's rank walked; the fullest
+    is neither an end nor beside one. (test_grid_search.py: the search looks at such a stage.)"""
+    experts = Experts(2 * stages, 2, 64, (False,) * 3 + (True,) * (layers - 3), shared_ffn_hidden_size=64)
+    shape = replace(
+        LLAMA, num_layers=layers, hidden_size=64, ffn_hidden_size=64, kv_channels=16, vocab_size=64, experts=experts
+    )
+    grid = ParallelConfig(1, stages, chunks, expert_model_parallel_size=stages)
+    case, world = Case("", shape, grid, stages * stages), stages * stages
+    ranks = range(0, world, stages)
+    short = [light(case, world, rank, load) for rank in ranks]
+    long = [walk(shape, case.config, world, rank, load).numbers for rank in ranks]
+    for one, other in zip(short, long, strict=True):
+        for part in ("weights", "gradients", "optimizer"):
+            assert getattr(one.memory, part) == getattr(other.memory, part)
+        assert one.memory.total == pytest.approx(other.memory.total, rel=0.03)
+    totals = [[numbers.memory.total for numbers in found] for found in (short, long)]
+    assert [one.index(max(one)) for one in totals] == [2, 2]
 
 
 def _large(numbers: RankNumbers) -> dict[tuple[str, str, int], int]:
