@@ -24,23 +24,19 @@ Memory is resident memory over that of the process before its model was built, t
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import os
-import platform
 import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from make_demo import SPECIAL_TOKENS, write_tokenizer
+from step_figures import LOSSES_APART, against_table, compare_table, machine, same_losses, side_table
 from step_sides import LAYOUTS, TRL, Work
+from step_turns import Side, SideFailedError, alone, start, take_turns
 
 from megadpo.config import DataConfig
 from megadpo.data import synthetic
@@ -54,9 +50,6 @@ from megadpo.errors import MegadpoError
 
 SIDES = (*LAYOUTS, *TRL)
 AGAINST = ("trl", "trl-precomputed")
-LOSSES_APART = {"float32": 1e-3, "bfloat16": 3e-2}
-"""Nats between the losses of two sides at the same step, from which on they do not do the same work. In bfloat16 a
-response's log-probability has an error of tenths of a nat, of which the loss has beta, averaged over a batch."""
 
 
 @dataclass(frozen=True)
@@ -127,193 +120,6 @@ def data_pairs(data: Path, model: Path, max_length: int, cache: Path) -> list[To
     config = DataConfig(train=(str(data),), max_length=max_length, cache_dir=str(cache), num_proc=1)
     store = prepare(config.train, config, str(model), Wanted("pairs"))
     return [store.group(number) for number in range(len(store))]
-
-
-# The sides -------------------------------------------------------------------------------------------------
-
-
-class SideFailedError(Exception):
-    """A side ended before its last turn."""
-
-
-@dataclass
-class Side:
-    """Its processes, and what they answered: one record per turn."""
-
-    name: str
-    processes: list[subprocess.Popen[str]]
-    steps: list[dict[str, float]] = field(default_factory=list)
-    references: list[dict[str, float]] = field(default_factory=list)
-    memory: dict[str, float] = field(default_factory=dict)
-
-    def ask(self, word: str) -> dict[str, float]:
-        """Give the turn to all its processes and wait: the longest time, the sum of everything else."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(word + "\n")
-            process.stdin.flush()
-        return together([self._answer(process) for process in self.processes])
-
-    def wait_ready(self) -> None:
-        for process in self.processes:
-            self._answer(process)
-
-    def _answer(self, process: subprocess.Popen[str]) -> dict[str, float]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SideFailedError(f"{self.name}: ended with exit code {process.wait()}; what it said stands above")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-
-def together(answers: list[dict[str, float]]) -> dict[str, float]:
-    """One record of a side's processes."""
-    summed = {name: sum(answer[name] for answer in answers) for name in answers[0]}
-    for name, combine in (("seconds", max), ("loss", statistics.mean)):
-        if name in summed:
-            summed[name] = combine([answer[name] for answer in answers])
-    return summed
-
-
-def start(name: str, work: Work, python: str, folder: Path) -> Side:
-    """Start a side's processes and wait until they are ready."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(work.threads), "GLOO_SOCKET_IFNAME": "lo"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(folder / "hf")}
-    script = Path(__file__).with_name("step_sides.py")
-    meeting = f"file://{folder}/meeting-{name}"
-    processes = [
-        subprocess.Popen(
-            [python, str(script), json.dumps(asdict(replace(work, rank=rank, rendezvous=meeting)))],
-            env=environment | {"PYTHONPATH": str(script.parents[1])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / f"{name}-{rank}.log").open("w"),
-            text=True,
-        )
-        for rank in range(work.ranks)
-    ]
-    side = Side(name, processes)
-    side.wait_ready()
-    return side
-
-
-def take_turns(sides: list[Side], steps: int) -> None:
-    """First every side that can its reference passes, then all the steps; turn about, nobody while another works."""
-    for _ in range(steps):
-        for side in sides:
-            if side.name not in TRL:
-                side.references.append(side.ask("reference"))
-    for _ in range(steps):
-        for side in sides:
-            side.steps.append(side.ask("step"))
-    for side in sides:
-        side.memory = side.ask("end")
-
-
-def alone(side: Side, steps: int) -> Side:
-    """All its turns, then its end: for sides that do not fit on a GPU together."""
-    take_turns([side], steps)
-    for process in side.processes:
-        process.wait()
-    return side
-
-
-# Figures ---------------------------------------------------------------------------------------------------
-
-
-def pairs_per_second(seconds: Iterable[float], batch: int) -> float:
-    return batch / statistics.median(seconds)
-
-
-def ratio(faster: Sequence[float], slower: Sequence[float]) -> str:
-    """How many times as fast, turn by turn: median (lowest - highest)."""
-    ratios = [b / a for a, b in zip(faster, slower, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-
-
-def values(records: Iterable[dict[str, float]], what: str = "seconds") -> list[float]:
-    return [record[what] for record in records]
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown; the first row is the head."""
-    head, *body = rows
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def side_table(sides: list[Side], batch: int, warm_up: int) -> str:
-    rows = [["side", "pairs/s", "s per step", "processor s", "rows per step", "peak memory, MiB"]]
-    for side in sides:
-        counted = side.steps[warm_up:]
-        taken = values(counted)
-        rows.append(
-            [
-                side.name,
-                f"{pairs_per_second(taken, batch):.3f}",
-                f"{statistics.median(taken):.2f} ({min(taken):.2f} - {max(taken):.2f})",
-                f"{statistics.median(values(counted, 'processor')):.2f}",
-                f"{statistics.mean(values(counted, 'rows')):.0f}" if "rows" in counted[0] else "",
-                f"{side.memory['peak']:.0f}",
-            ]
-        )
-    return table(rows)
-
-
-def compare_table(sides: list[Side], warm_up: int) -> str:
-    """Each layout against the one before it."""
-    rows = [["", "by the clock", "by processor time"]]
-    for slower, faster in itertools.pairwise(sides):
-        measured = [
-            ratio(values(faster.steps[warm_up:], what), values(slower.steps[warm_up:], what))
-            for what in ("seconds", "processor")
-        ]
-        rows.append([f"{faster.name} over {slower.name}", *measured])
-    return table(rows)
-
-
-def against_table(ours: Side, trl: Side, trl_ahead: Side, batch: int, warm_up: int) -> str:
-    """With the reference on both sides, and without it on either."""
-    rows = [["", "megadpo pairs/s", "TRL pairs/s", "ratio by the clock", "ratio by processor time"]]
-    for words, theirs, counts in (("reference counted", trl, True), ("reference not counted", trl_ahead, False)):
-        measured = {}
-        for what in ("seconds", "processor"):
-            mine = values(ours.steps, what)
-            if counts:
-                mine = [step + scored for step, scored in zip(mine, values(ours.references, what), strict=True)]
-            measured[what] = mine[warm_up:], values(theirs.steps[warm_up:], what)
-        speeds = [f"{pairs_per_second(taken, batch):.3f}" for taken in measured["seconds"]]
-        rows.append([words, *speeds, ratio(*measured["seconds"]), ratio(*measured["processor"])])
-    return table(rows)
-
-
-def same_losses(sides: list[Side], most: float = LOSSES_APART["float32"]) -> str:
-    """Says how far the losses of the same step are apart; raises SideFailedError where they are not the same."""
-    losses = [values(side.steps, "loss") for side in sides]
-    apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
-    if apart > most:
-        raise SideFailedError(f"the sides do not train the same thing: losses of one step are {apart:.1e} apart")
-    return f"Losses of the same step are at most {apart:.1e} apart."
-
-
-def machine() -> str:
-    """The processor, what is installed, the commit."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
-    here = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    load = ", ".join(f"{average:.1f}" for average in os.getloadavg())
-    return (
-        f"{names[0].partition(': ')[2]}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, "
-        f"{packages}; commit {described.stdout.strip()}; load averages at the end {load}"
-    )
 
 
 # The two commands ------------------------------------------------------------------------------------------

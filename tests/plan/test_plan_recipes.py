@@ -35,8 +35,8 @@ def look(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Candidate, command
     """The recipe's own grid, and the search that its command makes."""
     monkeypatch.chdir(ROOT)
     arguments, _ = said(name)
-    options = cli._parser().parse_args(arguments)
-    config = load_config(options.run_file, options.overrides)
+    options, overrides = cli._parser().parse_known_args(arguments)
+    config = load_config(options.run_file, overrides)
     search, _ = command.search_of(
         config, command.Request(options.gpus, options.gpu, groups=options.groups), rank_numbers
     )

@@ -5,9 +5,11 @@ import re
 import bench_step
 import numpy as np
 import pytest
+import step_figures
 import step_sides
+import step_turns
 import torch
-from bench_step import Side
+from step_turns import Side
 from tiny import random_groups
 
 from megadpo.data.batch import pack, stream_tokens
@@ -45,30 +47,30 @@ def side(name: str, *taken: float, loss: float = 0.5) -> Side:
 def test_ratios_are_taken_turn_by_turn() -> None:
     """The median of the ratios, not the ratio of the medians; first turns do not count."""
     slow, fast = side("packed", 99, 4, 12, 6), side("shared", 1, 2, 3, 6)
-    assert bench_step.ratio([2, 3, 6], [4, 12, 6]) == "2.00 (1.00 - 4.00)"
-    assert "| shared over packed | 2.00 (1.00 - 4.00) | 2.00 (1.00 - 4.00) |" in bench_step.compare_table(
+    assert step_figures.ratio([2, 3, 6], [4, 12, 6]) == "2.00 (1.00 - 4.00)"
+    assert "| shared over packed | 2.00 (1.00 - 4.00) | 2.00 (1.00 - 4.00) |" in step_figures.compare_table(
         [slow, fast], 1
     )
-    assert "| packed | 1.333 | 6.00 (4.00 - 12.00) | 12.00 | 10 | 100 |" in bench_step.side_table([slow], 8, 1)
+    assert "| packed | 1.333 | 6.00 (4.00 - 12.00) | 12.00 | 10 | 100 |" in step_figures.side_table([slow], 8, 1)
 
 
 def test_the_reference_is_counted_on_both_sides_or_on_neither() -> None:
     ours = side("shared", 1, 1)
     ours.references = [{"seconds": 1.0, "processor": 1.0}] * 2
-    text = bench_step.against_table(ours, side("trl", 8, 8), side("trl-precomputed", 3, 3), 4, 1)
+    text = step_figures.against_table(ours, side("trl", 8, 8), side("trl-precomputed", 3, 3), 4, 1)
     assert "| reference counted | 2.000 | 0.500 | 4.00 (4.00 - 4.00) | 5.33 (5.33 - 5.33) |" in text
     assert "| reference not counted | 4.000 | 1.333 | 3.00 (3.00 - 3.00) | 3.00 (3.00 - 3.00) |" in text
 
 
 def test_a_side_is_as_slow_as_its_slowest_process() -> None:
     record = {"seconds": 1.0, "processor": 1.0, "rows": 5.0, "loss": 0.25}
-    both = bench_step.together([record, record | {"seconds": 3.0}])
+    both = step_turns.together([record, record | {"seconds": 3.0}])
     assert both == {"seconds": 3.0, "processor": 2.0, "rows": 10.0, "loss": 0.25}
 
 
 def test_other_losses_are_other_work() -> None:
-    with pytest.raises(bench_step.SideFailedError, match="do not train the same thing"):
-        bench_step.same_losses([side("a", 1, 1), side("b", 1, 1, loss=0.502)])
+    with pytest.raises(step_turns.SideFailedError, match="do not train the same thing"):
+        step_figures.same_losses([side("a", 1, 1), side("b", 1, 1, loss=0.502)])
 
 
 def test_layouts_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
