@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import TypeVar
 
 from megadpo.config import Config, ModelConfig
@@ -52,10 +53,12 @@ def rank_numbers(
     """
     place = Place.of(config, world_size, rank)
 
+    @cache
     def kind(model: ModelShape, frozen: bool, layer: Layer, layers: int, first: bool, last: bool) -> StageKind:
         found = kind_of(model, config, layer, layers, first, last, tokens, scored, capability is not None)
         return replace(found, frozen=frozen and asks_for_more(config.objective))
 
+    @cache
     def own_layers(model: ModelShape, virtual: int, frozen: bool = False) -> list[Layer]:
         return place.part(memory_layers(model, config.model, capability, frozen), virtual)
 
@@ -227,16 +230,17 @@ def layers_of(layers: Sequence[T], stage: int, stages: int, chunk: int, chunks: 
     return list(layers[first : first + sizes[at]])
 
 
+@lru_cache(maxsize=256)
 def memory_layers(
     shape: ModelShape, model: ModelConfig, capability: tuple[int, int] | None, frozen: bool = False
-) -> list[Layer]:
+) -> tuple[Layer, ...]:
     """Of every layer, what decides its memory. frozen: of a reference, whose weights are as model/reference.py says."""
     kept = None if capability is None else Kept.of(model, capability)
     if frozen and kept is not None:
         kept = kept.frozen
     in_fp8 = layers_in_fp8(model, shape.num_layers)
     experts = shape.experts.layers if shape.experts else (False,) * shape.num_layers
-    return [Layer(has, kept if fp8 else None) for has, fp8 in zip(experts, in_fp8, strict=True)]
+    return tuple(Layer(has, kept if fp8 else None) for has, fp8 in zip(experts, in_fp8, strict=True))
 
 
 def _frozen_bytes(layers: Sequence[Layer], place: Place, virtual: int, short: Callable[..., Frozen]) -> int:
