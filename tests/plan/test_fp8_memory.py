@@ -99,8 +99,8 @@ def test_of_a_reference() -> None:
 
 
 CASES = [
-    Case("recompute none", WIDE, ParallelConfig(2, sequence_parallel=True), 2, fp8="tensorwise"),
-    Case("recompute full", WIDE, ParallelConfig(1, 2), 2, fp8="delayed", recompute="full"),
+    Case("recompute none", SHORT, ParallelConfig(2, sequence_parallel=True), 2, fp8="tensorwise"),
+    Case("recompute full", SHORT, ParallelConfig(1, 2), 2, fp8="delayed", recompute="full"),
     Case(
         "experts",
         replace(MIXED, hidden_size=256, kv_channels=64, vocab_size=512),
@@ -112,7 +112,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=lambda case: case.name
+)
 def test_the_short_way_is_the_long_way(case: Case) -> None:
     load = Load(tokens=TOKENS, scored=256, micro_batches=2)
     short = rank_numbers(case.shape, case.config, case.ranks, 0, load.tokens, load.scored, 2)

@@ -160,11 +160,11 @@ def test_the_fullest_rank_decides(seventy: tuple[Search, Found]) -> None:
 
 def test_more_memory_allows_more(tmp_path: Path) -> None:
     given = config(tmp_path, "llama3.1-70b")
-    small, large = search(given, 16, "h100-80gb").run(), search(given, 16, "b200").run()
+    small, large = search(given, 8, "h100-80gb").run(), search(given, 8, "b200").run()
     assert {p.candidate for p in small.plans} & {p.candidate for p in large.plans} or not small.plans
     assert len(large.best) > len(small.best)
     tiny = replace(GPUS["h100-80gb"], name="custom", memory=4 * GIB)
-    assert not search(given, 16, tiny).run().plans
+    assert not search(given, 4, tiny).run().plans
 
 
 def test_worlds_that_cannot_be(tmp_path: Path) -> None:

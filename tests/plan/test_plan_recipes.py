@@ -63,7 +63,9 @@ def figures(plan: Plan) -> tuple[float, ...]:
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [name if "70b" in name else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES]
+)
 def test_the_figures_are_the_planners(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, search = look(name, monkeypatch)
     plan = search.look_at(one)

@@ -54,7 +54,7 @@ def test_many_buckets() -> None:
     """Gradients that are reduced while the backward pass runs come in buckets of 40 million, on the first stage."""
     large = replace(LLAMA, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, kv_channels=128)
     case = Case("", large, ParallelConfig(2, 2, overlap_grad_reduce=True, overlap_param_gather=True), 4)
-    for rank in (0, 11, 23):
+    for rank in (0, 23):
         numbers, built = light(case, 24, rank), held(case.shape, case.config, 24, rank)
         assert (numbers.memory.gradients, numbers.memory.optimizer) == (built.gradients, built.optimizer)
 
@@ -90,7 +90,7 @@ def test_the_rest_is_close(case: Case, ranks: tuple[int, ...]) -> None:
         assert short.memory.total == pytest.approx(long.memory.total, rel=0.03)
 
 
-SHORT = replace(WIDE, num_layers=2)
+SHORT = replace(WIDE, num_layers=1)
 OTHERS = [
     Case("KTO", SHORT, ParallelConfig(), 1, objective=KTO()),
     Case("KL to the reference", SHORT, ParallelConfig(2), 2, reference=RESIDENT, objective=TDPO2()),
@@ -116,14 +116,14 @@ def test_other_heads_are_close(case: Case) -> None:
 @pytest.mark.parametrize(
     ("layers", "stages", "chunks", "load"),
     [
-        (13, 4, 2, Load(tokens=32, scored=16, micro_batches=4)),
+        (9, 4, 2, Load(tokens=32, scored=16, micro_batches=4)),
         pytest.param(61, 8, 4, Load(tokens=64, scored=32, micro_batches=8), marks=pytest.mark.slow),
     ],
 )
 def test_the_fullest_rank_behind_dense_layers(layers: int, stages: int, chunks: int, load: Load) -> None:
     """DeepSeek-V3's layout: three dense layers, then experts, in uneven chunks. Every stage's rank walked; the fullest
     is neither an end nor beside one. (test_grid_search.py: the search looks at such a stage.)"""
-    experts = Experts(2 * stages, 2, 64, (False,) * 3 + (True,) * (layers - 3), shared_ffn_hidden_size=64)
+    experts = Experts(stages, 2, 256, (False,) * 3 + (True,) * (layers - 3), shared_ffn_hidden_size=64)
     shape = replace(
         LLAMA, num_layers=layers, hidden_size=64, ffn_hidden_size=64, kv_channels=16, vocab_size=64, experts=experts
     )
