@@ -51,7 +51,7 @@ def numbers(
     return rank_numbers(case.shape, case.config, ranks, 0, TOKENS, 256, 1, capability)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["delayed", "blockwise"])
 def test_of_a_rank(recipe: str) -> None:
     plain, fp8 = numbers(None), numbers(recipe)
     casts = fp8.memory.weights - plain.memory.weights

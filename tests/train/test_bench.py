@@ -1,12 +1,15 @@
 """megadpo bench: parts that sum to the step, waiting told from communication, and what the command line gives."""
 
+import io
 import json
 import multiprocessing
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +211,20 @@ def test_parts_sum_to_the_step_on_every_rank(run_file: Path, capfd: pytest.Captu
     assert "reference " in rows[1]
 
 
-def test_a_sweep_has_a_row_for_what_failed(run_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_has_a_row_for_what_failed(
+    run_file: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails is refused in this process: a further one would import everything to say the same."""
+    run = subprocess.run
+
+    def refused_here(command: list[str], **more: Any) -> Any:
+        if "parallel.tensor_model_parallel_size=0" not in command:
+            return run(command, **more)
+        with redirect_stderr(io.StringIO()) as said:
+            code = cli.main(command[3:])
+        return subprocess.CompletedProcess(command, code, "", said.getvalue())
+
+    monkeypatch.setattr(subprocess, "run", refused_here)
     sweep = ("--sweep", "parallel.tensor_model_parallel_size=1,0", "batch.micro_batch_tokens=80")
     assert cli.main(["bench", str(run_file), *RANDOM, *sweep]) == 0
     head, _, good, bad = capfd.readouterr().out.splitlines()
