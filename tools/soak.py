@@ -251,7 +251,7 @@ def table(kept: dict[str, dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="for the rows that repeat trials, about")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for the rows that repeat trials, about")
     parser.add_argument("--rows", default=",".join(ROWS))
     options = parser.parse_args()
     sys.path += [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "checkpoint")]
