@@ -143,7 +143,8 @@ def precision_text(model: ModelConfig) -> str:
         )
         found += ["FP8 weights"] if model.fp8_param_gather else []
     found.append(f"recompute {model.recompute}")
-    return ", ".join([*found, *([] if model.logprob_backend == "auto" else [f"head {model.logprob_backend}"])])
+    found += [] if model.logprob_backend == "auto" else [f"head {model.logprob_backend}"]
+    return ", ".join([*found, *([f"CUDA graphs of {' and '.join(model.cuda_graphs)}"] if model.cuda_graphs else [])])
 
 
 def objective_text(config: Config, reference: ModelShape) -> str:

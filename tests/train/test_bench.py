@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +286,9 @@ def test_what_two_rows_can_differ_in() -> None:
             expert_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=False,
             overlap_grad_reduce=True, overlap_param_gather=True, tp_comm_overlap=True,
         ),
-        "model": dict(dtype="float32", recompute="full", logprob_backend="triton", fp8_format="hybrid"),
+        "model": dict(
+            dtype="float32", recompute="full", logprob_backend="triton", fp8_format="hybrid", cuda_graphs=("mlp",),
+        ),
         "reference": dict(mode="swapped", fp8_weights=True, path="other"),
         "batch": dict(global_batch_size=8, micro_batch_size=3, share_prompt=False),
     }  # fmt: skip
@@ -295,15 +297,17 @@ def test_what_two_rows_can_differ_in() -> None:
         for name, value in settings.items():
             cells.append(cell(replace(plain, **{section: replace(getattr(plain, section), **{name: value})})))
     fp8 = replace(plain.model, fp8_format="hybrid")
-    for name, value in dict(
-        fp8_format="e4m3",
-        fp8_recipe="blockwise",
-        fp8_param_gather=True,
-        first_last_layers_bf16=True,
-        fp8_emulation=True,
-    ).items():
+    in_fp8: dict[str, Any] = {"fp8_format": "e4m3", "fp8_recipe": "blockwise", "fp8_emulation": True}
+    in_fp8 |= {"fp8_param_gather": True, "first_last_layers_bf16": True}
+    for name, value in in_fp8.items():
         cells.append(cell(replace(plain, model=replace(fp8, **{name: value}))))
     cells.append(cell(replace(plain, objective=SimPO())))
+    # a setting that is new is either in the cell or on this list
+    elsewhere = {"path", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "check_groups", "swap_steps"}
+    elsewhere |= {"data_parallel_size", "overlap_p2p_comm", "micro_batch_tokens"}
+    for section, settings in changes.items():
+        names = {field.name for field in fields(getattr(plain, section))}
+        assert names <= settings.keys() | in_fp8.keys() | elsewhere
     assert len(set(cells)) == len(cells)
     assert cells[0] == (
         "TP1 PP1 DP16 EP1, sharded optimizer; bfloat16, recompute none; dpo, reference precomputed; "
