@@ -2,7 +2,8 @@
 
 Forward: logits of a chunk, their statistics, the next chunk; then one collective for the statistics of all rows.
 Backward: logits again (kept where the budget allows, else computed again: the same bits), their gradient in place, two
-products. The sum of the input gradient over ranks runs while the last chunk's weight gradient is computed.
+products. The input gradient is float32 until it is summed over the ranks, which runs while the last chunk's weight
+gradient is computed.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class ChunkedLogprob(torch.autograd.Function):
                 upstream_KN[:, rows],
                 None if entropy_N is None else entropy_N[rows],
                 call.options,
-                hidden_ND.dtype,
+                gemm.slope_dtype(len(hidden_ND[rows]), hidden_ND.dtype),
             )
 
         into = Products(hidden_ND, weight_VD, rows_N, call.shard, call.chunk, ctx.input_rows)
@@ -110,29 +111,35 @@ class Products:
     def gradients(
         self, slope: Callable[[slice], Tensor], needs_hidden: bool, needs_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """slope: scored rows -> gradient of their logits [M, columns], called once for each chunk, in order."""
+        """slope: scored rows -> gradient of their logits [M, columns] in `gemm.slope_dtype`, called once for each chunk,
+        in order."""
         hidden_ND, rows_N, columns = self.hidden_ND, self.rows_N, self.shard.columns(len(self.weight_VD))
         split = self.shard.ranks if self.shard.sequence_parallel else 1
         # zeros: rows that predict nothing get no gradient; nor does any where this rank has no real column
-        grad_TD = hidden_ND.new_zeros(self.input_rows * split, hidden_ND.shape[1]) if needs_hidden else None
+        grad_TD = None
+        if needs_hidden:
+            grad_TD = hidden_ND.new_zeros(self.input_rows * split, hidden_ND.shape[1], dtype=torch.float32)
         weight_gradient = WeightGradient.of(self.weight_VD) if needs_weight else None
         finish = None
         parts = list(chunks(len(hidden_ND), self.chunk)) if columns else []
         for rows in parts:
-            slope_MV = slope(rows)
+            slope_MV, hidden_MD = gemm.operands(slope(rows), hidden_ND[rows])
             if grad_TD is not None:
                 part_MD = gemm.hidden_gradient(slope_MV, self.weight_VD[:columns])
+                if len(part_MD) != len(hidden_ND[rows]):  # of both parts of the slope
+                    part_MD = sum(part_MD.chunk(2))
                 _add_rows(grad_TD, rows if rows_N is None else rows_N[rows], part_MD)
+                del part_MD
                 if rows is parts[-1]:
                     finish = start_sum(grad_TD, self.shard)
             if weight_gradient is not None:
-                gemm.add_weight_gradient(weight_gradient.total_VD[:columns], slope_MV, hidden_ND[rows])
+                gemm.add_weight_gradient(weight_gradient.total_VD[:columns], slope_MV, hidden_MD)
             del slope_MV  # before the next chunk's
         if grad_TD is not None and finish is None:
             # no chunk here: there are no rows at all, or other ranks have the real columns and wait for this one
             finish = start_sum(grad_TD, self.shard)
         grad_weight = None if weight_gradient is None else weight_gradient.result()
-        return None if finish is None else finish(), grad_weight
+        return None if finish is None else finish().to(hidden_ND.dtype), grad_weight
 
 
 def scored_rows(hidden_TD: Tensor, rows_N: Tensor | None, shard: VocabShard) -> Tensor:

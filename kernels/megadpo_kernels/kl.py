@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadpo_kernels import reference
+from megadpo_kernels import gemm, reference
 from megadpo_kernels.backends import BACKENDS, Backend
 from megadpo_kernels.chunked import Products, chunks, logits, no_column, scored_rows
 from megadpo_kernels.collectives import gather_ranks
@@ -110,7 +110,7 @@ class _ChunkedKL(torch.autograd.Function):
             top_M1, log_total_M1, their_top_M1, their_log_total_M1 = normaliser_4N[:, rows, None]
             slope_MV = z_MV.sub_(top_M1).sub_(log_total_M1).exp_()
             slope_MV.sub_(r_MV.sub_(their_top_M1).sub_(their_log_total_M1).exp_())
-            return slope_MV.mul_(grads[0][rows, None]).mul_(factor).to(hidden_ND.dtype)
+            return slope_MV.mul_(grads[0][rows, None]).mul_(factor).to(gemm.slope_dtype(len(z_MV), hidden_ND.dtype))
 
         into = Products(hidden_ND, weight_VD, rows_N, settings.shard, settings.chunk, ctx.input_rows)
         return *into.gradients(slope, *ctx.needs_input_grad[:2]), None, None, None, None

@@ -195,7 +195,7 @@ def _gpu_ways() -> list[tuple[Any, str, Any]]:
         (logprob, "limits", lambda columns, device: limits(columns, of_gpu)),
         # cuBLAS takes 16-bit operands and writes float32
         (gemm, "logits_into", _product_into),
-        (gemm, "hidden_gradient", lambda slope, weight: slope @ weight),
+        (gemm, "hidden_gradient", _hidden_gradient),
         (gemm, "add_weight_gradient", lambda total, slope, hidden: _product_into(total, slope.t(), hidden.t())),
         # one kernel, which keeps its input and a number per row
         (norms, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight)),
@@ -211,6 +211,13 @@ def _gpu_ways() -> list[tuple[Any, str, Any]]:
 def _product_into(out_MV: Tensor, left_MD: Tensor, right_VD: Tensor) -> None:
     """left @ right^T, as far as a recorder sees it."""
     aten.mm.out(left_MD, right_VD.t(), out=out_MV.view(left_MD.dtype)[:, : len(right_VD)])
+
+
+def _hidden_gradient(slope_MV: Tensor, weight_VD: Tensor) -> Tensor:
+    """slope @ weight in float32, as far as a recorder sees it."""
+    out_MD = torch.empty(len(slope_MV), weight_VD.shape[1], dtype=torch.float32, device=slope_MV.device)
+    _product_into(out_MD, slope_MV, weight_VD.t())
+    return out_MD
 
 
 class FusedNorm(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from cases import GRADIENT, LOGPROB, Inputs, inputs, relative, truth
 from distributed import run_ranks
-from megadpo_kernels import Backend, LogitOptions, VocabShard, linear_logprob_entropy
+from megadpo_kernels import Backend, LogitOptions, VocabShard, gemm, linear_logprob, linear_logprob_entropy
 
 OPTIONS = LogitOptions(multiplier=0.9, soft_cap=8.0)
 BACKENDS: list[Backend] = ["reference", "chunked", "triton"]
@@ -140,3 +140,55 @@ def test_every_split_gives_the_same(world: int) -> None:
             assert parts[0]["forward"] == {"all_gather_into_tensor": [*stream, [world * 4, SCORED]]}, name
             over = {"reduce_scatter_tensor": [[STREAM // world, 16]]} if sequence else {"all_reduce": [[STREAM, 16]]}
             assert parts[0]["backward"] == over, name
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """bfloat16 operands whose gradient a few numbers carry: few rows, or targets that are nearly sure."""
+
+    rows: int
+    vocab: int
+    scale: float
+    seed: int
+    sure: float
+
+    @property
+    def given(self) -> Inputs:
+        wide = inputs(self.rows, 64, self.vocab, scale=self.scale, seed=self.seed)
+        hidden = wide.hidden_ND + self.sure / 64 * wide.weight_VD[wide.targets_N]
+        return replace(wide, hidden_ND=hidden).to(torch.device("cpu"), torch.bfloat16)
+
+
+NARROW = [
+    Narrow(rows, vocab, scale, seed, sure)
+    for rows in (1, 64, 65)
+    for vocab in (120, 1440)
+    for scale in (1.0, 4.0)
+    for seed in (0, 1)
+    for sure in (0.0, 4.0, 8.0)
+]
+
+
+def narrow(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden's gradient, and that of this rank's part of the weight."""
+    group, found = dist.group.WORLD, []
+    for case in NARROW:
+        whole = case.given
+        weight = whole.weight_VD.chunk(group.size())[group.rank()]
+        shard = VocabShard(group.rank() * len(weight), case.vocab, group)
+        x, w = whole.hidden_ND.requires_grad_(), weight.clone().requires_grad_()
+        linear_logprob(x, w, whole.targets_N, shard).backward(whole.upstream_N)
+        found.append((x.grad, w.grad))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_few_numbers_carry_a_bfloat16_gradient(world: int) -> None:
+    """No rounding that others average out: hidden's gradient is rounded once, after the sum over the ranks, and so is
+    the weight's. Then no number is off by more than 2^-8 of itself, on any number of ranks."""
+    everyone = run_ranks(world, narrow)
+    for case, *parts in zip(NARROW, *everyone, strict=True):
+        want = truth(case.given)
+        for got, true in ((parts[0][0], want.hidden), (torch.cat([weight for _, weight in parts]), want.weight)):
+            limit = GRADIENT[torch.bfloat16] if case.rows > gemm.FEW else 2**-8
+            assert relative(got, true) <= limit, f"{case}, {world} ranks"
