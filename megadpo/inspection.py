@@ -13,7 +13,7 @@ import torch
 from rich.text import Text
 
 from megadpo.config import Config
-from megadpo.convert.families import read_shape
+from megadpo.convert.families import read_shape, with_head
 from megadpo.data.batch import PackedBatch
 from megadpo.data.kinds import wanted
 from megadpo.data.packing import Bin
@@ -21,6 +21,7 @@ from megadpo.data.prepare import prepare
 from megadpo.data.stream import Filling, Stream, open_streams
 from megadpo.data.tokenizer import load_tokenizer
 from megadpo.errors import DataError
+from megadpo.model.flops import group_cost
 from megadpo.observe.packed import Part, stream_text
 from megadpo.observe.tokens import branch_names
 
@@ -78,9 +79,10 @@ def _stream(config: Config) -> Stream:
         for sources in (config.data.train, config.data.eval)
         if sources
     ]
-    shape = read_shape(Path(config.model.path).expanduser())
+    folder = Path(config.model.path).expanduser()
+    cost = group_cost(with_head(read_shape(folder), config.objective.head, folder))
     ranks = config.parallel.data_parallel_size or 1
-    return open_streams(config, stores, ranks, shape.attended_pair_cost, fixed_length=torch.cuda.is_available())[0]
+    return open_streams(config, stores, ranks, cost, fixed_length=torch.cuda.is_available())[0]
 
 
 def _groups(stream: Stream, step: int, size: int) -> np.ndarray:

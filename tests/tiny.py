@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megadpo.data.tokenize import BODY, TokenizedGroup
+from megadpo.data.tokenize import BODY, SCORED, TokenizedGroup
 
 
 def write_llama(
@@ -88,6 +88,8 @@ class MemoryStore:
         self.folder, self.digest = Path("nowhere"), "in memory"
         self.prompt_lengths = np.array([len(g.prompt_ids) for g in groups], dtype=np.int32)
         self.response_lengths = np.array([len(r) for g in groups for r in g.response_ids], dtype=np.int32)
+        marks = [mark for g in groups for mark in g.marks or [np.full(len(r), SCORED) for r in g.response_ids]]
+        self.scored_lengths = np.array([int(((mark & SCORED) > 0).sum()) for mark in marks], dtype=np.int32)
         self.offsets = np.cumsum([0] + [len(g.response_ids) for g in groups])
         labels = [label for g in groups for label in g.labels or ()]
         scores = [score for g in groups for score in g.scores or ()]

@@ -117,6 +117,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
     from megadpo.data.store import GroupStore
     from megadpo.data.stream import open_streams
     from megadpo.model.build import build_chunks
+    from megadpo.model.flops import group_cost
     from megadpo.objectives import DPO
     from megadpo.parallel.context import grid, join_world
     from megadpo.train.optimizer import build_optimizer, set_learning_rate, wrap
@@ -144,7 +145,7 @@ def megadpo_side(work: Work, answers: IO[str]) -> None:
         state = TrainState(chunks, build_optimizer(chunks, config.optimizer, parallel))
         set_learning_rate(state.optimizer, work.learning_rate)
         store, objective = GroupStore.open(Path(work.store)), DPO(beta=work.beta)
-        [stream] = open_streams(config, [store], work.ranks, shape.attended_pair_cost, fixed_length=work.on_gpu)
+        [stream] = open_streams(config, [store], work.ranks, group_cost(shape), fixed_length=work.on_gpu)
         column = np.full(int(store.offsets[-1]), np.nan, dtype=np.float64)
 
         def batches(consumed: int) -> list[PackedBatch]:

@@ -111,8 +111,8 @@ class Products:
     def gradients(
         self, slope: Callable[[slice], Tensor], needs_hidden: bool, needs_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """slope: scored rows -> gradient of their logits [M, columns] in `gemm.slope_dtype`, called once for each chunk,
-        in order."""
+        """slope: scored rows -> gradient of their logits [M, columns] in `gemm.slope_dtype`, called for every chunk in
+        order."""
         hidden_ND, rows_N, columns = self.hidden_ND, self.rows_N, self.shard.columns(len(self.weight_VD))
         split = self.shard.ranks if self.shard.sequence_parallel else 1
         # zeros: rows that predict nothing get no gradient; nor does any where this rank has no real column

@@ -3,10 +3,10 @@
 On CUDA they are cuBLAS calls with float32 output. A CPU has no such call: there 16-bit operands are widened, a few
 thousand rows of the vocabulary at a time.
 
-The gradient of the logits (slope) must be 16 bits wide for the tensor cores. Over many rows the roundings cancel out; of
-few rows one number may carry the whole gradient, and its rounding (up to 2^-8 in bfloat16) with it. So few rows come as
-float32 and go through the same products in two 16-bit parts, one below the other: with so few, reading the weight takes
-longer than either.
+The gradient of the logits (slope) must be 16 bits wide for the tensor cores. Over many rows the roundings cancel out;
+of few rows one number may carry the whole gradient, and its rounding (up to 2^-8 in bfloat16) with it. So few rows come
+as float32 and go through the same products in two 16-bit parts, one below the other: with so few, reading the weight
+takes longer than either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TILE = 4096
 """Rows of the vocabulary that a CPU widens at a time."""
 
 FEW = 64
-"""Rows up to which a slope keeps float32's digits. Twice as many, at 1 FLOP per byte of 16-bit weight and row, are still
+"""Rows up to which a slope keeps more digits. Twice as many, at 1 FLOP per byte of 16-bit weight and row, are still
 below what an H200 computes per byte that it reads (700 TFLOP/s over 4.8 TB/s: 146)."""
 
 

@@ -158,13 +158,6 @@ class ModelShape:
     language model's trunk, beginning with zeros."""
 
     @property
-    def attended_pair_cost(self) -> float:
-        """Multiplications of attention per attended pair of rows, over those of the linear layers per row; of experts,
-        those that a token goes to.
-        """
-        return self.pair_multiplications / self.linear_multiplications
-
-    @property
     def pair_multiplications(self) -> float:
         """Of attention in one layer, per pair of rows of which one attends to the other: with keys, and with values."""
         latent = self.latent

@@ -88,6 +88,15 @@ def stream_tokens(store: GroupStore | MismatchedStore, share: bool = True, scala
     return (prompt * copies + np.bincount(group_S, response, len(prompt))).astype(np.int64)
 
 
+def scored_rows(store: GroupStore | MismatchedStore, scalar: bool = False) -> np.ndarray:
+    """int64 [G]: rows of each group that meet the head; of a reward model, one of every response."""
+    responses_G = np.diff(store.offsets)
+    if scalar:
+        return responses_G
+    group_S = np.repeat(np.arange(len(responses_G)), responses_G)
+    return np.bincount(group_S, store.scored_lengths, len(responses_G)).astype(np.int64)
+
+
 def attention_area(
     store: GroupStore | MismatchedStore, share: bool = True, scalar: bool = False, window: int | None = None
 ) -> np.ndarray:

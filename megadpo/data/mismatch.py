@@ -31,6 +31,7 @@ class MismatchedStore(ReferenceColumns):
         self.digest: str = hashlib.sha256(store.digest.encode() + pairing).hexdigest()
         self._longest = int((store.prompt_lengths + store.response_lengths).max(initial=0))
         self.response_lengths = store.response_lengths[responses_R]
+        self.scored_lengths = store.scored_lengths[responses_R]
         room_R = np.maximum(self._longest - self.response_lengths, 1)
         self.prompt_lengths = np.minimum(store.prompt_lengths[prompts_R], room_R).astype(np.int32)
         self.offsets = np.arange(len(prompts_R) + 1, dtype=np.int64)

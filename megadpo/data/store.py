@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from megadpo.data.report import PrepareReport
-from megadpo.data.tokenize import BODY, TokenizedGroup
+from megadpo.data.tokenize import BODY, SCORED, TokenizedGroup
 from megadpo.errors import StorageError
 from megadpo.files import storage_errors
 
@@ -116,7 +116,8 @@ class GroupStore(ReferenceColumns):
     """G groups with S responses in a folder.
 
     digest: sha256 over the ids of all groups in their order; equal exactly for equal tokens.
-    prompt_lengths: int32 [G]. response_lengths: int32 [S].
+    prompt_lengths: int32 [G]. response_lengths: int32 [S]. scored_lengths: int32 [S], tokens of each response that
+    count (all where nothing is marked).
     offsets: int64 [G + 1]; the responses of group g are offsets[g] to offsets[g + 1].
     labels_S: bool [S], whether each response is a desirable one; None where the data have no labels.
     scores_S: float32 [S], NaN where a response has none; None where none has one.
@@ -134,6 +135,7 @@ class GroupStore(ReferenceColumns):
         self._starts = np.cumsum([0] + [len(chunk.origins) for chunk in chunks])
         self.prompt_lengths = _joined([np.diff(chunk.prompt_offsets) for chunk in chunks], np.int32)
         self.response_lengths = _joined([np.diff(chunk.response_offsets) for chunk in chunks], np.int32)
+        self.scored_lengths = _joined([_scored(chunk) for chunk in chunks], np.int32)
         labels = _joined([chunk.labels for chunk in chunks], np.int8)
         self.labels_S: npt.NDArray[np.bool_] | None = labels == 1 if (labels >= 0).any() else None
         scores = _joined([chunk.scores for chunk in chunks], np.float32)
@@ -310,6 +312,14 @@ def _chunk(batch: pa.RecordBatch) -> _Chunk:
         scores=scores.values.to_numpy(),
         marks=marks.values.to_numpy(),
     )
+
+
+def _scored(chunk: _Chunk) -> npt.NDArray[np.int64]:
+    """Scored tokens of each response [S]."""
+    if not len(chunk.marks):
+        return np.diff(chunk.response_offsets)
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum((chunk.marks & SCORED) > 0)])
+    return np.diff(before[chunk.response_offsets])
 
 
 def _joined(parts: list[Any], dtype: Any) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from megadpo.config import BatchConfig, Config
 from megadpo.config.check import row_multiple
-from megadpo.data.batch import PackedBatch, attention_area, pack, stream_tokens
+from megadpo.data.batch import PackedBatch, pack, stream_tokens
+from megadpo.data.cost import Cost
 from megadpo.data.mismatch import MismatchedStore, mismatched
 from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
@@ -41,8 +42,8 @@ class Stream:
     """Data-parallel size."""
     multiple: int
     """The number of micro-batches per rank is a multiple of this (interleaved pipelines need it)."""
-    pair_cost: float = 0.0
-    """Cost of one attended pair of rows, in units of the linear layers' cost of one row; balances the ranks."""
+    cost: Cost = field(default_factory=Cost)
+    """Balances the ranks."""
     seed: int = 0
     shuffle: bool = False
     share: bool = True
@@ -60,7 +61,7 @@ class Stream:
     @cached_property
     def cost_G(self) -> np.ndarray:
         """float64, what each group of the store costs, in units of one row's linear layers."""
-        return self.tokens_G + self.pair_cost * attention_area(self.store, self.share, self.scalar)
+        return self.cost.of(self.store, self.share, self.scalar)
 
     @cached_property
     def repeated_G(self) -> np.ndarray:
@@ -131,12 +132,10 @@ def mismatched_stream(stream: Stream, groups_R: np.ndarray, batch: int) -> Strea
     return replace(stream, store=mismatched(stream.store, groups_R, batch, stream.seed), shuffle=False)
 
 
-def open_streams(
-    config: Config, stores: list[GroupStore], ranks: int, pair_cost: float, fixed_length: bool
-) -> list[Stream]:
+def open_streams(config: Config, stores: list[GroupStore], ranks: int, cost: Cost, fixed_length: bool) -> list[Stream]:
     """A run's stores as streams, with one token budget for all.
 
-    ranks: data-parallel size. pair_cost: see Stream. fixed_length: whether the device wants every stream equally long;
+    ranks: data-parallel size. cost: see Stream. fixed_length: whether the device wants every stream equally long;
     a pipeline always does, as its stages exchange messages of one size. Raises ConfigError, see `choose_budget`.
     """
     grid = config.parallel
@@ -150,7 +149,7 @@ def open_streams(
             budget,
             ranks,
             multiple=pipeline if virtual else 1,
-            pair_cost=pair_cost,
+            cost=cost,
             seed=config.seed,
             shuffle=config.train.shuffle,
             share=config.batch.share_prompt,

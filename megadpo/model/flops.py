@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megadpo.convert.shape import ModelShape
-from megadpo.data.batch import attention_area
+from megadpo.data.cost import Cost
 from megadpo.data.mismatch import MismatchedStore
 from megadpo.data.store import GroupStore
 
@@ -45,12 +45,16 @@ def forward_flops(shape: ModelShape) -> Flops:
     )
 
 
+def group_cost(shape: ModelShape) -> Cost:
+    """What groups cost, for dealing them to ranks: linear layers, attention and head by their operations."""
+    flops, window = forward_flops(shape), shape.window
+    pair, scored = flops.per_pair / flops.per_row, flops.per_scored / flops.per_row
+    if window is None:
+        return Cost(pair, scored)
+    return Cost(pair, scored, window.size, sum(window.layers) / shape.num_layers)
+
+
 def attended_pairs(shape: ModelShape, store: GroupStore | MismatchedStore) -> np.ndarray:
     """float64 [G]: pairs of rows of each group of which one attends to the other, the mean over the layers: those with
     a window count what is inside it. The prompt stands once."""
-    scalar = shape.head != "vocabulary"
-    whole = attention_area(store, scalar=scalar)
-    if shape.window is None:
-        return whole
-    share = sum(shape.window.layers) / shape.num_layers
-    return (1 - share) * whole + share * attention_area(store, scalar=scalar, window=shape.window.size)
+    return group_cost(shape).attended_pairs(store, scalar=shape.head != "vocabulary")

@@ -81,19 +81,19 @@ def dry_run(config: Config, request: Request, rank: int) -> DryRun:
         kept = ", beside weights in bfloat16" if config.model.fp8_param_gather else ""
         kernels = "Transformer Engine's and Triton's kernels and CUDA graphs"
         assumptions = [*assumptions, f"counted without {kernels}{fp8}{kept}"]
-    load = load_of(config, lengths, place, shapes.policy.attended_pair_cost)
+    load = load_of(config, lengths, place)
     reference = None if shapes.reference is shapes.policy else shapes.reference
     found = walk(shapes.policy, config, world, rank, load, reference=reference)
     return DryRun(place, world, load, tuple(assumptions), found)
 
 
-def load_of(config: Config, lengths: Lengths, place: Place, pair_cost: float) -> Load:
+def load_of(config: Config, lengths: Lengths, place: Place) -> Load:
     """What the rank that has most to score works on: streams and their number are chosen and dealt as in a run."""
     batch, grid = config.batch, config.parallel
     multiple_of = grid.tensor_model_parallel_size if grid.sequence_parallel else 1
     budget = budget_for([lengths.rows_G], place.data, place.stages, multiple_of, batch)
     whole = place.stages if place.virtual > 1 else 1
-    done = work(lengths, batch.global_batch_size, place.data, budget.tokens, batch.micro_batch_size, whole, pair_cost)
+    done = work(lengths, batch.global_batch_size, place.data, budget.tokens, batch.micro_batch_size, whole)
     responses = config.objective.responses or 4
     groups = max(round(batch.global_batch_size / place.data / done.micro_batches), 1)
     scored = min(max(round(done.most_scored), responses), budget.tokens)

@@ -177,7 +177,6 @@ class Search:
                 candidate.tokens,
                 batch.micro_batch_size,
                 key[2],
-                self.space.shapes.policy.attended_pair_cost,
             )
         return self._works[key]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megadpo.convert.shape import ModelShape
-from megadpo.data.batch import attention_area, stream_tokens
+from megadpo.data.batch import attention_area, scored_rows, stream_tokens
 from megadpo.data.packing import Budget, deal
 from megadpo.data.store import GroupStore
-from megadpo.model.flops import attended_pairs
+from megadpo.model.flops import attended_pairs, group_cost
 from megadpo.plan import constants
 
 SAMPLED_GROUPS = 1024
@@ -31,6 +31,8 @@ class Lengths:
     """float64: the same in a layer with a window; equal where the model has none."""
     scored_G: np.ndarray
     """int64: rows that meet the head."""
+    cost_G: np.ndarray
+    """float64: what balances the ranks, in units of one row's linear layers."""
     useful_rows_G: np.ndarray
     """int64: rows with each prompt once, whether it stands once or not: what MFU counts."""
     useful_area_G: np.ndarray
@@ -47,6 +49,7 @@ class _Store:
 
     prompt_lengths: np.ndarray
     response_lengths: np.ndarray
+    scored_lengths: np.ndarray
     offsets: np.ndarray
 
 
@@ -95,7 +98,8 @@ def assumed(
     prompts_G = np.minimum(draw(data.prompt, sample), max_length - answers_GS.max(axis=1))
     if most_rows is not None:
         prompts_G = np.minimum(prompts_G, np.maximum((most_rows - answers_GS.sum(axis=1)) // copies, 1))
-    store = _Store(prompts_G, answers_GS.reshape(-1), np.arange(sample + 1) * data.responses)
+    answers_S = answers_GS.reshape(-1)
+    store = _Store(prompts_G, answers_S, answers_S, np.arange(sample + 1) * data.responses)
     found = _lengths(store, data.groups, share, shape, data.text(max_length))
     if not data.spread:
         return found
@@ -106,18 +110,16 @@ def assumed(
 
 def _lengths(store: GroupStore | _Store, groups: int, share: bool, shape: ModelShape, said: str) -> Lengths:
     scalar = shape.head != "vocabulary"
-    prompts = len(store.prompt_lengths)
-    group_S = np.repeat(np.arange(prompts), np.diff(store.offsets))
-    tokens_G = np.bincount(group_S, store.response_lengths, prompts).astype(np.int64)
-    scored_G = np.diff(store.offsets) if scalar else tokens_G
+    scored_G = scored_rows(store, scalar)  # type: ignore[arg-type]
     rows_G = stream_tokens(store, share, scalar)  # type: ignore[arg-type]
     area_G = attention_area(store, share, scalar)  # type: ignore[arg-type]
     window_G = area_G
     if shape.window is not None:
         window_G = attention_area(store, share, scalar, shape.window.size)  # type: ignore[arg-type]
+    cost_G = group_cost(shape).of(store, share, scalar)  # type: ignore[arg-type]
     once_G = stream_tokens(store, scalar=scalar)  # type: ignore[arg-type]
     pairs_G = attended_pairs(shape, store)  # type: ignore[arg-type]
-    return Lengths(groups, rows_G, area_G, window_G, scored_G, once_G, pairs_G, int(rows_G.max()), said)
+    return Lengths(groups, rows_G, area_G, window_G, scored_G, cost_G, once_G, pairs_G, int(rows_G.max()), said)
 
 
 @dataclass(frozen=True)
@@ -147,12 +149,10 @@ class Work:
         return 1 - self.mean_rows / self.tokens
 
 
-def work(
-    lengths: Lengths, batch: int, ranks: int, tokens: int, most_groups: int | None, multiple: int, pair_cost: float
-) -> Work:
+def work(lengths: Lengths, batch: int, ranks: int, tokens: int, most_groups: int | None, multiple: int) -> Work:
     """Deal some global batches of `batch` groups as data/packing.py does, into streams of `tokens` rows.
 
-    multiple: the number of micro-batches is rounded up to a multiple of it. pair_cost: see Stream.
+    multiple: the number of micro-batches is rounded up to a multiple of it.
     """
     rng = np.random.default_rng(1)
     budget = Budget(tokens, most_groups)
@@ -160,7 +160,7 @@ def work(
     for _ in range(max(1, min(3, SAMPLED_GROUPS // batch))):
         groups = rng.integers(0, len(lengths.rows_G), batch)
         rows_G, area_G, scored_G = lengths.rows_G[groups], lengths.area_G[groups], lengths.scored_G[groups]
-        dealt = deal(rows_G, rows_G + pair_cost * area_G, budget, ranks)
+        dealt = deal(rows_G, lengths.cost_G[groups], budget, ranks)
         shares = [np.array([group for bin_ in part for group in bin_], dtype=np.int64) for part in dealt]
         area = [float(area_G[share].sum()) for share in shares]
         inside = [float(lengths.window_area_G[groups][share].sum()) for share in shares]

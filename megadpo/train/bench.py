@@ -31,6 +31,7 @@ from megadpo.files import storage_errors
 from megadpo.model.attention import choose_backend
 from megadpo.model.build import DTYPES
 from megadpo.model.drawn import draw_weights
+from megadpo.model.flops import group_cost
 from megadpo.observe.log import RunLog
 from megadpo.observe.memory import forget_peak, peak_memory
 from megadpo.observe.parts import Part, Parts, profiler
@@ -128,8 +129,8 @@ def _measured(
     asked: Asked, config: Config, inputs: Inputs, weights: Weights, context: ParallelContext, log: RunLog
 ) -> tuple[Measured, Stream]:
     fixed = context.device.type == "cuda"
-    pair_cost = inputs.shape.attended_pair_cost
-    streams = open_streams(config, inputs.stores, context.data_size, pair_cost, fixed_length=fixed)
+    cost = group_cost(inputs.shape)
+    streams = open_streams(config, inputs.stores, context.data_size, cost, fixed_length=fixed)
     state, [train, *_], reference = assembled(config, inputs, streams, context, log, weights)
     meter = Meter.of(inputs.shape, train.stream, config.model.dtype, context)
     length = run_length(config, len(inputs.train))

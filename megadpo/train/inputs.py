@@ -22,6 +22,7 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Stream, mismatched_stream, open_streams
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ConfigError
+from megadpo.model.flops import group_cost
 from megadpo.objectives.names import name_of
 from megadpo.observe.log import write_run_files
 from megadpo.observe.progress import Screen, Terminal
@@ -139,7 +140,7 @@ def read_inputs(
         )
         every = [store for store in stores if store is not None]
         # The budget fits, and mismatched responses can be had.
-        streams = open_streams(config, every, ranks, shapes.policy.attended_pair_cost, fixed_length=on_gpu)
+        streams = open_streams(config, every, ranks, group_cost(shapes.policy), fixed_length=on_gpu)
         if training is not None:
             mismatched_streams(config, streams, [run_length(config, len(every[0])).groups, None])
         else:

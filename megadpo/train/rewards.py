@@ -20,6 +20,7 @@ from megadpo.data.stream import open_streams
 from megadpo.data.tokenizer import check_vocabulary, load_tokenizer
 from megadpo.errors import ModelError
 from megadpo.model.build import build_chunks
+from megadpo.model.flops import group_cost
 from megadpo.observe.progress import Screen, Terminal
 from megadpo.parallel.context import from_first_rank, grid, join_world
 from megadpo.parallel.ranks import Rank
@@ -61,7 +62,7 @@ def run_scoring(config: Config, out: str, rank: Rank) -> int:
         store = GroupStore.open(from_first_rank(rank.rank, rank.world_size, prepared, waiting))
         with grid(config.parallel, device, config.seed) as context:
             [stream] = open_streams(
-                config, [store], context.data_size, shape.attended_pair_cost, fixed_length=device.type == "cuda"
+                config, [store], context.data_size, group_cost(shape), fixed_length=device.type == "cuda"
             )
             got_on = watch.phase(f"loading {folder}")
             chunks = build_chunks(shape, config.parallel, context, config.model)

@@ -19,6 +19,7 @@ from megadpo.data.store import GroupStore
 from megadpo.data.stream import Scored, Stream, open_streams
 from megadpo.errors import ConfigError
 from megadpo.model.build import build_chunks, check_machine
+from megadpo.model.flops import group_cost
 from megadpo.model.fp8 import precision
 from megadpo.model.graphs import capture
 from megadpo.model.parts import parts
@@ -126,7 +127,7 @@ def assembled(
 
 def _streams(config: Config, stores: list[GroupStore], inputs: Inputs, context: ParallelContext) -> list[Stream]:
     """The training stream, then the held-out one where there is one."""
-    cost = inputs.shape.attended_pair_cost
+    cost = group_cost(inputs.shape)
     return open_streams(config, stores, context.data_size, cost, fixed_length=context.device.type == "cuda")
 
 

@@ -19,6 +19,7 @@ from megadpo.convert.importer import check_hf
 from megadpo.convert.shape import Experts, LatentAttention, ModelShape, Scores, Window
 from megadpo.convert.to_checkpoint import import_hf
 from megadpo.errors import ModelError
+from megadpo.model.flops import group_cost
 
 COMMON = {
     "hidden_size": 64,
@@ -282,10 +283,10 @@ def test_a_model_without_experts_has_none_to_deal(tmp_path: Path) -> None:
 def test_cost_counts_what_a_token_meets(tmp_path: Path) -> None:
     """Multiplications by hand: 8 heads of 8 on 4 groups, hidden 64, 2 of 8 experts of 172."""
     linear = 2 * 64 * 8 * 8 + 2 * 64 * 4 * 8 + 2 * 3 * 64 * 172 + 64 * 8
-    assert shape_of(tmp_path, "mixtral").attended_pair_cost == pytest.approx(2 * 8 * 8 / linear)
+    assert group_cost(shape_of(tmp_path, "mixtral")).pair == pytest.approx(2 * 8 * 8 / linear)
     attention = 64 * 24 + 24 * 8 * 16 + 64 * 20 + 16 * 8 * 22 + 8 * 10 * 64
     mlp = (3 * 64 * 172 + 3 * (3 * 64 * (6 * 20 + 40) + 64 * 16)) / 4
-    cost = shape_of(tmp_path, "deepseek_v2").attended_pair_cost
+    cost = group_cost(shape_of(tmp_path, "deepseek_v2")).pair
     assert cost == pytest.approx((8 * 16 + 8 * 10) / (attention + mlp))
 
 

@@ -1,6 +1,7 @@
 """A stream over any data: every group once per epoch, budgets kept, the same batches on every grid, ranks alike."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,12 @@ from tiny import MemoryStore
 
 from megadpo.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig
 from megadpo.convert.families import read_shape
+from megadpo.convert.shape import ModelShape, Window
+from megadpo.data.cost import Cost
 from megadpo.data.packing import Bin, Budget
 from megadpo.data.stream import Stream, choose_budget, open_streams
-from megadpo.data.tokenize import TokenizedGroup
+from megadpo.data.tokenize import BODY, SCORED, TokenizedGroup
+from megadpo.model.flops import group_cost
 
 SIZES = (1, 2, 4, 8)
 
@@ -46,7 +50,9 @@ def test_every_grid_trains_on_the_same_batches_within_the_budget(
     """Two epochs, step by step, on data-parallel sizes 1, 2, 4 and 8, with and without interleaving."""
     longest = choose_budget([groups], 1, 1, 1, BatchConfig(global_batch_size=1, share_prompt=share)).tokens
     budget = Budget(longest + 8 - longest % 8, most)
-    streams = [Stream(groups, budget, ranks, 1 + ranks % 2, 0.01, seed, True, share, grain) for ranks in SIZES]
+    streams = [
+        Stream(groups, budget, ranks, 1 + ranks % 2, Cost(0.01, 2.0), seed, True, share, grain) for ranks in SIZES
+    ]
     seen: list[int] = []
     while len(seen) < 2 * len(groups):
         count = min(size, 2 * len(groups) - len(seen))
@@ -99,7 +105,7 @@ def check_filling(stream: Stream, bins: list[list[Bin]]) -> None:
 def test_a_resumed_stream_deals_the_same(groups: MemoryStore, consumed: int, ranks: int) -> None:
     """The cursor is one integer: a new stream at the same place gives the same micro-batches."""
     budget = choose_budget([groups], ranks, 1, 1, BatchConfig(global_batch_size=4))
-    once, again = (Stream(groups, budget, ranks, 1, 0.01, 5, True) for _ in range(2))
+    once, again = (Stream(groups, budget, ranks, 1, Cost(0.01, 2.0), 5, True) for _ in range(2))
     for _ in range(3):  # the first has a past, the second has none
         assert once.bins(once.next_groups(consumed, 4)) == again.bins(again.next_groups(consumed, 4))
         consumed += 4
@@ -119,14 +125,20 @@ def real(shared: Path) -> MemoryStore:
     return store(lengths)
 
 
-@pytest.mark.parametrize("model", ["stories260k", "large"])
+LLAMA_1B = ModelShape("llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, 1e-5, 5e5, None, tied=True)
+"""Llama 3.2 1B: its head costs as much as a quarter of its layers."""
+
+
+@pytest.mark.parametrize("model", ["stories260k", "llama 1b", "windows"])
 @pytest.mark.parametrize(("ranks", "size"), [(2, 16), (2, 64), (4, 32), (4, 256), (8, 64), (8, 256)])
 def test_ranks_get_the_same_cost_on_real_lengths(
     shared: Path, real: MemoryStore, ranks: int, size: int, model: str
 ) -> None:
     """At most 5 % over the mean in every full step of three epochs, with 8 pairs per rank or more: attention dear (a
-    small model) or cheap. The cost is counted here once more."""
-    cost = read_shape(shared / "models" / "stories260k").attended_pair_cost if model == "stories260k" else 1e-5
+    small model), the head dear, most layers with a window. The cost is counted here once more."""
+    shape = read_shape(shared / "models" / "stories260k") if model == "stories260k" else LLAMA_1B
+    if model == "windows":
+        shape = replace(shape, vocab_size=256, window=Window(128, tuple(layer % 4 > 0 for layer in range(16))))
     config = Config(
         run_dir="",
         model=ModelConfig(""),
@@ -134,21 +146,40 @@ def test_ranks_get_the_same_cost_on_real_lengths(
         parallel=ParallelConfig(data_parallel_size=ranks),
         batch=BatchConfig(global_batch_size=size),
     )
-    [stream] = open_streams(config, [real], ranks, cost, fixed_length=True)
+    [stream] = open_streams(config, [real], ranks, group_cost(shape), fixed_length=True)
+    cost_G = np.array([counted(real, group, shape) for group in range(len(real))])
     for consumed in range(0, 3 * len(real) - size + 1, size):
         bins = stream.bins(stream.next_groups(consumed, size))
-        costs = np.array([sum(counted(real, group, cost) for bin_ in part for group in bin_) for part in bins])
+        costs = np.array([sum(cost_G[group] for bin_ in part for group in bin_) for part in bins])
         imbalance = costs.max() / costs.mean() - 1
         assert imbalance <= 0.05, f"{imbalance:.1%} after {consumed} groups"
         assert stream.filling(bins).load_imbalance == pytest.approx(imbalance, abs=1e-9)
 
 
-def counted(groups: MemoryStore, number: int, pair_cost: float) -> float:
-    """Cost of a group: a row each, and every row a row attends to."""
-    group = groups.groups[number]
+def counted(groups: MemoryStore, number: int, shape: ModelShape) -> float:
+    """Multiplications of a group in the layers (Llama's), for every row every row that it attends to, and in the
+    head."""
+    group, hidden, heads = groups.groups[number], shape.hidden_size, shape.num_attention_heads * shape.kv_channels
     prompt, lengths = len(group.prompt_ids) - 1, [len(ids) for ids in group.response_ids]
-    attended = sum(range(1, prompt + 1)) + sum(prompt + place for n in lengths for place in range(1, n + 1))
-    return prompt + sum(lengths) + pair_cost * attended
+    keys = shape.num_query_groups * shape.kv_channels
+    row = hidden * heads + 2 * hidden * keys + heads * hidden + 3 * hidden * shape.ffn_hidden_size
+    places = np.concatenate([np.arange(1, prompt + 1), *(np.arange(prompt + 1, prompt + n + 1) for n in lengths)])
+    total = sum(lengths) * hidden * shape.vocab_size
+    for layer in range(shape.num_layers):
+        window = shape.window.size if shape.window is not None and shape.window.layers[layer] else len(places)
+        total += row * len(places) + 2 * heads * int(np.minimum(places, window).sum())
+    return total
+
+
+def test_only_what_is_scored_meets_the_head() -> None:
+    """Marked tokens by their marks, a reward model's responses once each."""
+    ids = [np.arange(n, dtype=np.int32) for n in (4, 3, 5)]
+    marks = (np.array([SCORED, BODY, SCORED | BODY]), np.array([0, 0, SCORED, SCORED, SCORED]))
+    groups = MemoryStore([TokenizedGroup("marked", ids[0], (ids[1], ids[2]), marks=marks)])
+    assert groups.scored_lengths.tolist() == [2, 3]
+    assert Cost(scored=10).of(groups) == 3 + 3 + 5 + 10 * 5
+    assert Cost(scored=10).of(groups, share=False) == 2 * 3 + 3 + 5 + 10 * 5
+    assert Cost(scored=10).of(groups, scalar=True) == 4 + 3 + 5 + 10 * 2
 
 
 def test_dealing_in_order_would_not_do(real: MemoryStore) -> None:
@@ -169,9 +200,9 @@ def test_streams_are_cut_where_no_pipeline_needs_one_length(real: MemoryStore, p
             tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=pipeline
         ),
     )
-    [stream] = open_streams(config, [real], 2, 0.0, fixed_length=False)
+    [stream] = open_streams(config, [real], 2, Cost(), fixed_length=False)
     assert stream.grain == grain
     filling = stream.filling(stream.bins(stream.next_groups(0, 64)))
     assert (filling.padding_fraction < 0.001) == (pipeline == 1)
-    [fixed] = open_streams(config, [real], 2, 0.0, fixed_length=True)
+    [fixed] = open_streams(config, [real], 2, Cost(), fixed_length=True)
     assert fixed.grain is None

@@ -21,6 +21,7 @@ from megadpo.config.check import row_multiple
 from megadpo.convert.families import read_shape
 from megadpo.convert.fit import fp8_misfits
 from megadpo.convert.shape import ModelShape
+from megadpo.data.cost import Cost
 from megadpo.data.packing import Budget
 from megadpo.data.stream import open_streams
 from megadpo.errors import MachineError
@@ -107,7 +108,7 @@ def test_streams_come_in_whole_blocks(recipe: Any, parallel: ParallelConfig, row
     model = ModelConfig("m", fp8_format="e4m3", fp8_recipe=recipe)
     assert row_multiple(model, parallel) == rows
     config = Config("r", model, DataConfig(("d",)), parallel=parallel)
-    [stream] = open_streams(config, [random_groups(20)], ranks=1, pair_cost=0.0, fixed_length=True)  # type: ignore[list-item]
+    [stream] = open_streams(config, [random_groups(20)], ranks=1, cost=Cost(), fixed_length=True)  # type: ignore[list-item]
     assert stream.budget.tokens % rows == 0
     for batch in stream.batches(np.arange(20), 0, None):
         assert len(batch.tokens_T) == stream.budget.tokens

@@ -204,17 +204,17 @@ def test_lengths_of_a_store() -> None:
     lengths = of_store(store, share=True, shape=SHAPE)
     assert lengths.groups == 200
     assert int(lengths.scored_G.sum()) == int(store.response_lengths.sum())
-    done = work(lengths, 64, 2, 64, None, 1, 0.01)
+    done = work(lengths, 64, 2, 64, None, 1)
     assert 0 <= done.padding < 1
     assert done.mean_rows * done.micro_batches * 2 == pytest.approx(64 * lengths.rows_G.mean(), rel=0.15)
     assert done.most_area >= done.mean_area
-    assert work(lengths, 64, 2, 64, None, 4, 0.01).micro_batches % 4 == 0
+    assert work(lengths, 64, 2, 64, None, 4).micro_batches % 4 == 0
 
 
 def test_work_has_all_rows() -> None:
     """Rows, padding included, are those of the streams; nothing is lost where ranks have nothing to do."""
     lengths = assumed(Assumed(100, 2, 50, 50, 0.0), 512, share=True, shape=SHAPE)
-    done = work(lengths, 4, 16, 1024, None, 1, 0.0)
+    done = work(lengths, 4, 16, 1024, None, 1)
     assert done.micro_batches == 1
     assert done.mean_rows == pytest.approx(4 * 149 / 16)
     assert done.padding == pytest.approx(1 - 4 * 149 / 16 / 1024)
