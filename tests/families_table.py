@@ -150,9 +150,10 @@ ROWS = {
 }
 
 
-def write(name: str, folder: Path, **changes: Any) -> Path:
+def write(name: str, folder: Path, gain: float = 1.5, **changes: Any) -> Path:
     """One of ROWS as a Hugging Face folder, perhaps with other fields. No norm, bias or embedding is as transformers
-    initialises it: defaults hide most mistakes."""
+    initialises it: defaults hide most mistakes. gain: of every matrix; above 1 it magnifies roundings layer by layer.
+    """
     row = ROWS[name]
     torch.manual_seed(sorted(ROWS).index(name))
     config = getattr(transformers, row.config)(**(COMMON | row.fields | changes))
@@ -164,6 +165,6 @@ def write(name: str, folder: Path, **changes: Any) -> Path:
             if weight.dim() == 1:
                 weight.add_(noise * 0.3)
             else:
-                weight.copy_(noise * (0.3 if "embed" in key else 1.5 / weight.shape[-1] ** 0.5))
+                weight.copy_(noise * (0.3 if "embed" in key else gain / weight.shape[-1] ** 0.5))
     model.save_pretrained(folder)
     return folder
