@@ -17,6 +17,9 @@ from megadpo.data.packing import Bin, Budget, deal, take
 from megadpo.data.store import GroupStore
 from megadpo.errors import ConfigError
 
+MOST_ROWS = 8192
+"""Of a stream whose budget is chosen, unless a group is longer."""
+
 
 @dataclass(frozen=True)
 class Filling:
@@ -171,9 +174,9 @@ def choose_budget(
     """The token budget of a run: what was asked for, or a choice from the data.
 
     Chosen: a rank's share of a step, cut into 2 micro-batches per pipeline stage so that the pipeline fills, with an
-    eighth of room for packing; at least the longest group, at most 8192 unless that is longer. Rounded up to
-    `multiple_of` (sequence parallelism splits the stream, FP8 takes rows by the block). Raises ConfigError where a
-    group is longer than asked.
+    eighth of room for packing; at least the longest group, at most 8192 unless that is longer. A part that 2 or 3 such
+    streams would hold is cut evenly, or the last would be nearly empty. Rounded up to `multiple_of` (sequence
+    parallelism splits the stream, FP8 takes rows by the block). Raises ConfigError where a group is longer than asked.
     """
     tokens = [stream_tokens(store, batch.share_prompt, scalar) for store in stores]
     return budget_for(tokens, ranks, pipeline, multiple_of, batch)
@@ -200,8 +203,11 @@ def budget_for(tokens: list[np.ndarray], ranks: int, pipeline: int, multiple_of:
     per_micro_batch = batch.global_batch_size / ranks / (2 * pipeline if pipeline > 1 else 1)
     if most_groups is not None:
         per_micro_batch = min(per_micro_batch, most_groups)
-    wanted = min(int(max(per_micro_batch, 1) * mean * 1.125), 8192)
-    return Budget(_round_up(max(wanted, longest), math.lcm(multiple_of, 16)), most_groups)
+    wanted = max(per_micro_batch, 1) * mean * 1.125
+    streams = math.ceil(wanted / MOST_ROWS)
+    # of more streams, an empty last one costs less than the room in each
+    wanted = wanted / streams if streams <= 3 else MOST_ROWS
+    return Budget(_round_up(max(int(wanted), longest), math.lcm(multiple_of, 16)), most_groups)
 
 
 def _round_up(value: int, multiple: int) -> int:

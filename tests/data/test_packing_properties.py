@@ -182,6 +182,21 @@ def test_only_what_is_scored_meets_the_head() -> None:
     assert Cost(scored=10).of(groups, scalar=True) == 4 + 3 + 5 + 10 * 2
 
 
+@pytest.mark.parametrize("ranks", SIZES)
+@pytest.mark.parametrize(("pairs", "mean", "worst"), [(8, 0.21, 0.46), (16, 0.16, 0.32), (64, 0.08, 0.13)])
+def test_padding_on_real_lengths(real: MemoryStore, ranks: int, pairs: int, mean: float, worst: float) -> None:
+    """What docs/packing.md says of streams that are all equally long, over the full steps of three epochs; so many
+    pairs per rank and update."""
+    size = pairs * ranks
+    stream = Stream(
+        real, choose_budget([real], ranks, 1, 1, BatchConfig(global_batch_size=size)), ranks, 1, shuffle=True
+    )
+    starts = range(0, 3 * len(real) - size + 1, size)
+    padding = [stream.filling(stream.bins(stream.next_groups(at, size))).padding_fraction for at in starts]
+    assert np.mean(padding) <= mean
+    assert max(padding) <= worst
+
+
 def test_dealing_in_order_would_not_do(real: MemoryStore) -> None:
     """The 5 % above are a property of the dealing, not of the data."""
     stream = Stream(real, Budget(4096), 8, 1)

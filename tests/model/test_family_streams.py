@@ -1,5 +1,5 @@
-"""Llama, and families whose layers are not Llama's, in a packed stream with shared prompts: per token and for the gradient of
-every weight the same as transformers computes for each response alone, on every kind of grid."""
+"""Llama, and families whose layers are not Llama's, in a packed stream with shared prompts: per token and for the
+gradient of every weight the same as transformers computes for each response alone, on every kind of grid."""
 
 from dataclasses import replace
 
