@@ -42,8 +42,8 @@ def linear_kl(
     computed again in the backward pass.
 
     Collectives: one all-gather of float32 [5, N], plus one of hidden under sequence parallelism; backward one
-    all-reduce (reduce-scatter) of hidden's gradient. Back ends: reference and chunked (auto). Raises ValueError for
-    another one, and for shapes and dtypes that cannot work.
+    all-reduce (reduce-scatter) of hidden's gradient in float32. Back ends: reference and chunked (auto). Raises
+    ValueError for another one, and for shapes and dtypes that cannot work.
     """
     if backend not in BACKENDS or backend == "triton":
         raise ValueError(f"backend = {backend!r}: linear_kl has reference and chunked; choose chunked")
