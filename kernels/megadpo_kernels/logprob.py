@@ -40,8 +40,8 @@ def linear_logprob(
     (main_grad.py).
 
     Collectives, for `chunked` and `triton`: forward one all-gather of float32 [3, N], plus one of hidden under sequence
-    parallelism; backward one all-reduce (reduce-scatter) of hidden's gradient in float32, rounded after it. None where N
-    is 0 or one rank holds all, except that of the gradient. No host synchronisation.
+    parallelism; backward one all-reduce (reduce-scatter) of hidden's gradient in float32, rounded after it. None where
+    N is 0 or one rank holds all, except that of the gradient. No host synchronisation.
 
     chunk: rows whose logits (float32) exist at once. cache_bytes: logits kept for the backward pass instead of being
     computed again; the same bits either way. Where None, `limits` says how many. Raises ValueError for shapes, dtypes
