@@ -127,7 +127,8 @@ class Products:
             if grad_TD is not None:
                 part_MD = gemm.hidden_gradient(slope_MV, self.weight_VD[:columns])
                 if len(part_MD) != len(hidden_ND[rows]):  # of both parts of the slope
-                    part_MD = sum(part_MD.chunk(2))
+                    high_MD, low_MD = part_MD.chunk(2)
+                    part_MD = high_MD + low_MD
                 _add_rows(grad_TD, rows if rows_N is None else rows_N[rows], part_MD)
                 del part_MD
                 if rows is parts[-1]:

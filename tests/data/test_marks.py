@@ -142,6 +142,9 @@ def test_from_store_to_batch(folder: Path, tmp_path: Path) -> None:
         writer.add(groups)
         writer.finish(REPORT)
     store = GroupStore.open(tmp_path)
+    scored = [int((marks & SCORED > 0).sum()) for group in groups for marks in group.marks or ()]
+    assert store.scored_lengths.tolist() == MemoryStore(groups).scored_lengths.tolist() == scored
+    assert 0 < scored[0] < store.response_lengths[0]
     for number, group in enumerate(groups):
         np.testing.assert_array_equal(store.group(number).marks, group.marks)
     one, other = pack(store, [1, 0], 400, None), pack(MemoryStore(groups), [1, 0], 400, None)  # type: ignore[arg-type]

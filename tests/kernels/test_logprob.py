@@ -25,6 +25,17 @@ def test_against_float64(place: Place, dtype: torch.dtype, options: LogitOptions
     assert_near(got, truth(given, options), GRADIENT[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_have_narrow_slopes(place: Place, dtype: torch.dtype) -> None:
+    """A chunk whose slope is 16 bits wide, then one of a few rows whose slope comes in two parts."""
+    rows = gemm.FEW + 6
+    assert gemm.slope_dtype(rows, dtype) == dtype
+    given = inputs(rows + 5, 16, 101, scale=2).to(place.device, dtype)
+    for entropy in (False, True):
+        got = answer(given, place.backend, entropy=entropy, chunk=rows)
+        assert_near(got, truth(given, entropy=entropy), GRADIENT[dtype])
+
+
 @pytest.mark.parametrize("cap", [5.0, 30.0, 1000.0])
 def test_soft_caps_keep_their_digits(place: Place, cap: float) -> None:
     """Far over the logits a cap leaves almost only them: 1000 (1 - small) / (1 + small) would be off by 1e-4."""
