@@ -376,7 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 compared = LAYOUTS if name == "layouts" else f"{name},shared"
                 kept.keep("tables", name, tables(compared, size, on_gpu, run))
         for row in rows(size) if "plan" in parts else []:
-            if args.only in row.name and kept.found["predicted"].get(row.name) is None and time.monotonic() < end:
+            # always anew: it takes seconds, and the planner may have learnt since
+            if args.only in row.name and (gpu or row.name not in kept.found["predicted"]) and time.monotonic() < end:
                 kept.keep("predicted", row.name, predicted(row, size, folder, gpu, run))
         if "kernels" in parts and args.only in "kernels" and kept.missing("tables", "kernels"):
             kept.keep("tables", "kernels", kernels(on_gpu, run))

@@ -35,7 +35,7 @@ class Kept:
     """fp8_param_gather: the weights themselves are FP8."""
     one_copy: bool
     """A product takes its operands in one orientation, so that there are no transposes: scales per tensor on a GPU with
-    compute capability 10.x (utils.py: is_non_tn_fp8_gemm_supported)."""
+    compute capability 10, 11 or from 13 on (utils.py: is_non_tn_fp8_gemm_supported)."""
 
     @staticmethod
     def of(model: ModelConfig, capability: tuple[int, int]) -> Kept | None:
@@ -43,7 +43,7 @@ class Kept:
         if not model.real_fp8:
             return None
         whole = model.fp8_recipe in ("delayed", "tensorwise")
-        return Kept(model.fp8_recipe, model.fp8_param_gather, whole and (10, 0) <= capability < (12, 0))
+        return Kept(model.fp8_recipe, model.fp8_param_gather, whole and capability >= (10, 0) and capability[0] != 12)
 
     @property
     def frozen(self) -> Kept | None:
