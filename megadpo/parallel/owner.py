@@ -6,11 +6,13 @@ the first lives. No locks of the kernel: shared file systems have them or not, a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import threading
 import time
@@ -32,6 +34,10 @@ DEAD = 180.0
 """Seconds without one after which an owner on another machine is dead, where SLURM does not say more."""
 DYING = 3.0
 """Seconds that a process on this machine gets to be gone: a killed one may still have to write what it began."""
+LARGEST, LONGEST = 1 << 16, 256
+"""Bytes of the file, and characters of a word in it, that are looked at."""
+NEVER = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR)
+"""Errors of a read that trying again does not mend."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,58 @@ def this_start() -> Owner:
 
 
 def read_owner(run_dir: Path) -> Owner | None:
-    """None where nobody has the folder. What cannot be read has an owner, too: nobody knows which."""
+    """None where nobody has the folder. Half a file has an owner, too: nobody knows which.
+
+    Raises CheckpointError where it cannot be read, or is no file.
+    """
+    path = run_dir / FILE
+    end = time.monotonic() + DYING
+    while True:
+        try:
+            data = _read(path)
+            break
+        except OSError as error:  # a network file system may have it again the next moment
+            if time.monotonic() > end or error.errno in NEVER:
+                raise CheckpointError(
+                    f"{path.absolute()} cannot be read ({error.strerror}), so nobody knows whether a start trains in "
+                    "the folder; let this user read it, or delete it if you know that none does"
+                ) from None
+            time.sleep(0.2)
+    if data is None:
+        return None
+    unknown = Owner(hashlib.sha256(data).hexdigest()[:32], "an unknown machine", 0, "", 0, "at an unknown time")
+    return _parsed(data) or unknown
+
+
+def _read(path: Path) -> bytes | None:
+    """None: there is none. Raises OSError where it cannot be read; waits for nobody, reads LARGEST bytes at most."""
     try:
-        data = (run_dir / FILE).read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        data = str(error).encode()
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EISDIR, "no regular file")
+        return os.read(descriptor, LARGEST)
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(data: bytes) -> Owner | None:
+    """None where this is not what a start says of itself."""
     try:
         found = Owner(**json.loads(data))
-        if type(found.token) is str and found.token.isalnum() and type(found.pid) is int and type(found.restart) is int:
-            return found
     except (ValueError, TypeError, RecursionError):
-        pass
-    return Owner(hashlib.sha256(data).hexdigest()[:32], "an unknown machine", 0, "", 0, "at an unknown time")
+        return None
+    words = (found.token, found.host, found.machine, found.since, found.job, found.cluster, found.run)
+    numbers = (found.pid, found.started, found.restart)
+    if not all(word is None or (type(word) is str and len(word) <= LONGEST and word.isprintable()) for word in words):
+        return None
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+        return None
+    if None in words[:4] or not (found.token.isascii() and found.token.isalnum() and len(found.token) <= LONGEST // 2):
+        return None  # the token becomes part of a file's name
+    return found
 
 
 def lives(there: Owner, here: Owner) -> bool | None:
@@ -230,37 +274,69 @@ class Ownership:
             now = read_owner(self._run_dir)
             if now is None or now.token != dead.token:
                 return False
-            fresh = self._mine(".partial")
-            fresh.write_text(json.dumps(asdict(self._me), indent=1))
-            os.replace(fresh, self._path)
+            self._put()
             return True
         finally:
             licence.unlink(missing_ok=True)
+
+    def _put(self) -> None:
+        """The file with what this start says of itself, in one step, whatever was there."""
+        fresh = self._mine(".partial")
+        try:
+            fresh.write_text(json.dumps(asdict(self._me), indent=1))
+            os.replace(fresh, self._path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _refusal(self, there: Owner) -> str:
         end = f"kill -INT {there.pid} on {there.host}"
         if there.job:
             end = f"scancel --signal=INT {there.job}"
         return (
-            f"run_dir = {self._run_dir}: {there} trains in it already; wait for its end, save and end it ({end}), or "
-            f"give another run_dir; if you know that it is dead, delete {self._path}"
+            f"run_dir = {self._run_dir.absolute()}: {there} trains in it already; wait for its end, save and end it "
+            f"({end}), or give another run_dir; if you know that it is dead, delete {self._path.absolute()}"
         )
 
     def _is_mine(self) -> bool:
-        there = read_owner(self._run_dir)
+        there = _parsed(_read(self._path) or b"")
         return there is not None and there.token == self._me.token
 
     def _beat(self) -> None:
+        """Show that this start lives. It ends where another's whole file is seen twice in a row, and nowhere else: a
+        file that cannot be read says nothing, one that is gone or broken is written again."""
+        seen = ""
         while not self._released.wait(BEAT):
             with suppress(OSError):  # a disk that does not answer now may do so the next time
-                if not self._path.exists() and not self._released.is_set():
-                    self._create(self._path)
-                if self._is_mine():
+                data = _read(self._path)
+                there = None if data is None else _parsed(data)
+                if self._released.is_set():
+                    return
+                if there is None:
+                    seen = ""
+                    if data is None:
+                        self._create(self._path)
+                    else:
+                        self._put()
+                elif there.token == self._me.token:
+                    seen = ""
                     os.utime(self._path)
-                elif (there := read_owner(self._run_dir)) is not None and not self._released.is_set():
-                    sys.stderr.write(f"{there} took {self._run_dir} over while this process slept: it ends\n")
-                    sys.stderr.flush()
-                    os._exit(1)
+                elif there.token == seen:
+                    self._end(there)
+                else:
+                    seen = there.token
+
+    def _end(self, there: Owner) -> None:
+        """At once, without a save: it would be written among the other's checkpoints."""
+        text = (
+            f"{there} took {self._run_dir.absolute()} over, while this process ({self._me.pid} on {self._me.host}) "
+            "gave no sign of life: this one ends without a save; the other goes on from the newest checkpoint\n"
+        )
+        for stream in (sys.stderr, sys.__stdout__):  # the log and the terminal
+            with suppress(Exception):
+                if stream is not None:
+                    stream.write(text)
+                    stream.flush()
+        os._exit(1)
 
 
 def _without_links(path: Path, text: str) -> bool:

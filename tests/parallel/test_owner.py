@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from megadpo.parallel.owner import FILE, Owner, Ownership, lives, read_owner, th
 
 def write(run_dir: Path, there: Owner, age: float = 0.0) -> None:
     run_dir.mkdir(exist_ok=True)
-    (run_dir / FILE).write_text(json.dumps(asdict(there)))
-    os.utime(run_dir / FILE, (time.time() - age, time.time() - age))
+    whole = run_dir / "whole"
+    whole.write_text(json.dumps(asdict(there)))
+    os.utime(whole, (time.time() - age, time.time() - age))
+    whole.replace(run_dir / FILE)
 
 
 def take(run_dir: Path) -> list[str]:
@@ -156,23 +159,61 @@ def test_on_another_machine_signs_of_life_tell(tmp_path: Path, monkeypatch: pyte
         mine.take(lambda line: None)
 
 
-def test_it_shows_that_it_lives_and_that_it_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_shows_that_it_lives_and_that_it_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(owner, "BEAT", 0.05)
     ended: list[int] = []
     monkeypatch.setattr(owner.os, "_exit", ended.append)
+    file = tmp_path / FILE
     with Ownership(tmp_path) as mine:
         mine.take(lambda line: None)
-        os.utime(tmp_path / FILE, (1, 1))
-        time.sleep(0.5)
-        assert (tmp_path / FILE).stat().st_mtime > 1
-        (tmp_path / FILE).unlink()
-        time.sleep(0.5)
-        assert (tmp_path / FILE).exists(), "removed by someone, it is there again"
+        me = read_owner(tmp_path)
+        os.utime(file, (1, 1))
+        time.sleep(0.3)
+        assert file.stat().st_mtime > 1
+        for text in (None, '{"token', ""):
+            if text is None:
+                file.unlink()
+            else:
+                file.write_text(text)
+            time.sleep(0.3)
+            assert read_owner(tmp_path) == me, "removed or broken by someone, it is there again"
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
         assert not ended
         write(tmp_path, replace(this_start(), pid=1))
-        time.sleep(0.5)
+        time.sleep(0.3)
         assert ended, "who was taken for dead and woke up must not write any more"
-    assert (tmp_path / FILE).exists(), "which is the other's"
+        said = capsys.readouterr().err.splitlines()[0]
+        assert said.startswith("process 1 on ")
+        assert f" took {tmp_path} over, while this process ({os.getpid()} on " in said
+        assert "ends without a save" in said
+    assert file.exists(), "which is the other's"
+
+
+def test_a_read_that_fails_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does another's file that is seen once only."""
+    monkeypatch.setattr(owner, "BEAT", 0.02)
+    ended: list[int] = []
+    monkeypatch.setattr(owner.os, "_exit", ended.append)
+    read, looks = owner._read, [0]
+    other = json.dumps(asdict(replace(this_start(), pid=1))).encode()
+
+    def sometimes(path: Path) -> bytes | None:
+        looks[0] += 1
+        if looks[0] in (3, 4):
+            raise OSError(116, "Stale file handle")
+        return other if looks[0] in (6, 9) else read(path)
+
+    with Ownership(tmp_path) as mine:
+        mine.take(lambda line: None)
+        monkeypatch.setattr(owner, "_read", sometimes)
+        end = time.monotonic() + 10
+        while looks[0] < 12 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert looks[0] >= 12, "it goes on looking"
+        assert not ended
+    assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "../x"}', "[" * 100_000])
@@ -183,6 +224,36 @@ def test_a_file_that_nobody_can_read(tmp_path: Path, text: str) -> None:
     os.utime(tmp_path / "run" / FILE, (1, 1))
     [line] = take(tmp_path / "run")
     assert "an unknown machine" in line
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "symbolic links"),
+        (os.mkfifo, "no regular file"),
+        (os.mkdir, "no regular file"),
+    ],
+    ids=["dangling link", "pipe", "folder"],
+)
+def test_what_is_no_file(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    """Told at once, and left as it is."""
+    make(tmp_path / FILE)
+    with Ownership(tmp_path) as mine, pytest.raises(CheckpointError, match=rf"{FILE} cannot be read \(.*{reason}"):
+        mine.take(lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"token": "a" * 5000}, {"token": "९"}, {"host": "\x1b[2J\nX"}, {"job": ["a"]}, {"since": None}, {"pid": 10**30}],
+    ids=str,
+)
+def test_what_no_start_says_of_itself_is_not_shown(tmp_path: Path, odd: dict[str, object]) -> None:
+    (tmp_path / FILE).write_text(json.dumps(asdict(this_start()) | odd))
+    there = read_owner(tmp_path)
+    assert there is not None
+    assert there.host == "an unknown machine"
+    assert str(there).isprintable()
 
 
 def test_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
