@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from megadpo import errors
 from megadpo.config import ParallelConfig
 from megadpo.errors import MachineError, MegadpoError
 from megadpo.parallel import cpu_host, mcore_fixes
+from megadpo.parallel.meeting import agent_store
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -116,8 +118,14 @@ def join_world(rank: int, world_size: int, local_rank: int, init_method: str) ->
     else:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
+        store = agent_store(os.environ, rank, world_size, init_method, COLLECTIVE_TIMEOUT)
         dist.init_process_group(
-            backend, init_method=init_method, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+            backend,
+            init_method=None if store else init_method,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
     return device
 

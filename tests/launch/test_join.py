@@ -104,16 +104,26 @@ def test_the_first_mistake_is_the_jobs_exit_code(tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import os, sys
+import os, signal, sys, time
 import torch, torch.distributed as dist
 from megadpo.config import Config, DataConfig, ModelConfig
 from megadpo.launch import start
+from megadpo.parallel.context import from_first_rank, join_world
 
 def job(config, rank):
-    dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
+    join_world(rank.rank, rank.world_size, rank.local_rank, rank.init_method)
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+    def work(sign):
+        time.sleep(1)  # the other rank looks for an answer meanwhile
+        return f"of attempt {attempt}"
+
+    text = from_first_rank(rank.rank, rank.world_size, work)
+    if attempt == "0" and rank.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     total = torch.tensor([1.0 + rank.rank])
     dist.all_reduce(total)
-    print(f"sum {total.item()} on {rank.rank} of {rank.world_size}", file=sys.__stdout__, flush=True)
+    print(f"{text}: sum {total.item()} on {rank.rank} of {rank.world_size}", file=sys.__stdout__, flush=True)
     dist.destroy_process_group()
     return 0
 
@@ -122,14 +132,15 @@ sys.exit(start(Config(sys.argv[1], ModelConfig("m"), DataConfig(("d",))), job))
 
 
 def test_under_the_real_torchrun(tmp_path):
+    """A rank is killed, and torchrun starts both again: they find nothing of the attempt before in its store."""
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")],
+        [*command, "--max-restarts", "1", str(script), str(tmp_path / "run")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "sum 3.0 on 0 of 2"
-    assert "sum 3.0 on 1 of 2" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    assert done.stdout.strip() == "of attempt 1: sum 3.0 on 0 of 2"
+    assert "of attempt 1: sum 3.0 on 1 of 2" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
