@@ -56,6 +56,8 @@ class Owner:
     """The same for people."""
     job: str | None = None
     """SLURM's number of the job."""
+    requeue: int = 0
+    """How often SLURM has started the job again."""
     cluster: str | None = None
     run: str | None = None
     """torchrun's id of the job."""
@@ -69,7 +71,7 @@ class Owner:
 
 def this_start() -> Owner:
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" is torchrun's word for no id
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    restart, requeue = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return Owner(
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -78,6 +80,7 @@ def this_start() -> Owner:
         started=began(os.getpid()) or 0,
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
         job=os.environ.get("SLURM_JOB_ID"),
+        requeue=int(requeue) if requeue.isdecimal() else 0,
         cluster=os.environ.get("SLURM_CLUSTER_NAME"),
         run=None if run == "none" else run,
         restart=int(restart) if restart.isdecimal() else 0,
@@ -129,7 +132,7 @@ def _parsed(data: bytes) -> Owner | None:
     except (ValueError, TypeError, RecursionError):
         return None
     words = (found.token, found.host, found.machine, found.since, found.job, found.cluster, found.run)
-    numbers = (found.pid, found.started, found.restart)
+    numbers = (found.pid, found.started, found.restart, found.requeue)
     if not all(word is None or (type(word) is str and len(word) <= LONGEST and word.isprintable()) for word in words):
         return None
     if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
@@ -144,9 +147,9 @@ def lives(there: Owner, here: Owner) -> bool | None:
     if there.machine and there.machine == here.machine:
         return began(there.pid) == there.started
     if there.job and there.cluster == here.cluster:
-        if there.job == here.job:
-            return False  # this job was requeued, or starts again: its start before has ended
-        if shutil.which("squeue") is not None:
+        if there.job == here.job and there.requeue != here.requeue:
+            return False  # this job was requeued: its start before has ended
+        if there.job != here.job and shutil.which("squeue") is not None:
             state, _ = job_state(there.job)
             if state != "UNKNOWN":
                 return state is not None
@@ -207,24 +210,29 @@ class Ownership:
             return bool(lives(there, self._me))
         if verdict is not None:
             return verdict
-        seen, told = self._last_beat(), False
-        while self._now() - seen < DEAD:
-            if not told:
-                tell(f"{there} may live: waiting for a sign of life of it, {DEAD:.0f} s at most")
-                told = True
-            time.sleep(1)
-            if self._last_beat() != seen:
-                return self._last_beat() > 0
+        wait, seen = DEAD, self._sign()
+        with suppress(OSError):  # this only shortens the wait: clocks may be set anew, and none of them ends a start
+            if seen is not None and self._now() - seen[1] / 1e9 > DEAD:
+                wait = 2 * BEAT
+        tell(f"{there} may live: waiting for a sign of life of it, {wait:.0f} s at most")
+        end = time.monotonic() + wait
+        while time.monotonic() < end:
+            time.sleep(min(1.0, BEAT / 4))
+            with suppress(OSError):
+                if (now := self._sign()) != seen:
+                    return now is not None
         return False
 
-    def _last_beat(self) -> float:
-        """The file's time, by the clock of the file system; 0: it is gone."""
+    def _sign(self) -> tuple[int, int] | None:
+        """The file and its time (inode, ns by the clock of the file system): another one with every sign of life; None:
+        it is gone."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY)  # opening it is what makes NFS ask the server
-        except OSError:
-            return 0.0
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)  # opening it is what makes NFS ask the server
+        except FileNotFoundError:
+            return None
         try:
-            return os.fstat(descriptor).st_mtime
+            found = os.fstat(descriptor)
+            return found.st_ino, found.st_mtime_ns
         finally:
             os.close(descriptor)
 
