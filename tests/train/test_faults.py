@@ -56,6 +56,21 @@ def run(tmp_path: Path, shared: Path) -> Run:
     return Run(tmp_path, path)
 
 
+OF_A_KIND = ("death", "signum", "where")
+"""Parameters of a test whose values are different faults; others have the same fault in other places or settings."""
+AGAIN = ("restarts_end_where", "without_the_batch", "batches_are_bounded", "by_the_drift_limit")
+"""Tests of what follows on a fault that another test has, or on none."""
+
+
+@pytest.fixture(autouse=True)
+def kind(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Which fault this test is of: `make soak` counts kinds, not tests."""
+    name = request.node.originalname
+    if not any(part in name for part in AGAIN):
+        values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        record_property("fault", " ".join([name, *(str(values[each]) for each in OF_A_KIND if each in values)]))
+
+
 @contextmanager
 def in_step(number: int, rank: int | None, act: Callable[[Any], Any], once: Path | None = None) -> Iterator[None]:
     """Call act(context) in a rank (None: in all) as it begins to train on step `number`; with `once`, only until that
