@@ -40,9 +40,10 @@ def take(run_dir: Path) -> list[str]:
 
 def test_a_second_start_is_refused_while_the_first_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "DYING", 0.1)
+    monkeypatch.chdir(tmp_path)
     with Ownership(tmp_path) as first:
         first.take(lambda line: None)
-        with Ownership(tmp_path) as second, pytest.raises(CheckpointError) as caught:
+        with Ownership(Path()) as second, pytest.raises(CheckpointError) as caught:
             second.take(lambda line: None)
         assert (tmp_path / FILE).exists(), "the one that was refused leaves the other's alone"
     message = str(caught.value)
