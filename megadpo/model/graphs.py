@@ -5,9 +5,9 @@ experts the norm, the router and the shared experts (`moe_router`). Attention st
 of a stream start and end changes from one to the next; so do experts, to which different numbers of rows go.
 
 A graph reads and writes the same memory at every replay, so there is one per micro-batch that may be between its
-forward and its backward pass (`most_in_flight`), taken in turn, whatever the number of micro-batches in a step. The
-graphs of one turn share their memory: all layers forward, then all backward, is the order of capture and of every
-replay. Those of different turns, and of different model chunks, share none.
+forward and its backward pass (`most_in_flight`, of its model chunk), taken in turn, whatever the number of micro-batches
+in a step. The graphs of one turn share their memory: all layers forward, then all backward, is the order of capture and
+of every replay. Those of different turns, and of different model chunks, share none.
 
 A replay runs no Python. What Python does beside the products is done here: hooks that wait for gathered weights are
 called, and weights whose gradient the graph adds to the float32 buffer by itself are marked so.
@@ -133,20 +133,21 @@ def capture(
     Before the first step: the passes that this takes leave nothing behind but zeros in the gradients' buffers.
     make: stands in for CUDA where there is none.
     """
-    turns, before, layers = most_in_flight(context), _reserved(context), 0
+    turns, before, layers, graphs = most_in_flight(context), _reserved(context), 0, 0
     rows //= context.tensor_size if context.sequence_parallel else 1
-    for chunk in chunks:
+    for chunk, in_flight in zip(chunks, turns, strict=True):
         config = chunk.config
         mine = [layer for layer in chunk.module.decoder.layers if _scope(layer) in scopes]
         layers += len(mine)
+        graphs += 2 * in_flight * len(mine)
         with _capturing():
-            for _ in range(turns if mine else 0):
+            for _ in range(in_flight if mine else 0):
                 _capture_turn(mine, rows, config, make or _make(mine, config, context))
         chunk.zero_grad_buffer()
     size = f", {(_reserved(context) - before) / GIB:.2f} GiB" if context.device.type == "cuda" else ""
     return (
-        f"CUDA graphs of {' and '.join(scopes)}: {layers} layers here, at most {turns} micro-batches in flight, "
-        f"{2 * turns * layers} graphs{size}"
+        f"CUDA graphs of {' and '.join(scopes)}: {layers} layers here, at most {', '.join(map(str, turns))} "
+        f"micro-batches in flight{' of each chunk' if len(turns) > 1 else ''}, {graphs} graphs{size}"
     )
 
 

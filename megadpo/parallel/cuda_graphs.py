@@ -30,15 +30,17 @@ def graphs_problem(model: ModelConfig, device: torch.device) -> str | None:
     return None
 
 
-def most_in_flight(context: ParallelContext) -> int:
-    """Of one model chunk here, the most micro-batches that have gone forward and not yet backward, whatever their
+def most_in_flight(context: ParallelContext) -> tuple[int, ...]:
+    """Of every model chunk here, the most micro-batches that have gone forward and not yet backward, whatever their
     number in a step; they are consecutive ones. From Megatron-Core's own tables."""
     stages, chunks = context.pipeline_size, context.virtual_size
-    most = 1
+    most = [1] * chunks
     # a pipeline is full with fewer than 4 micro-batches per stage; interleaving takes multiples of the stages
     for count in range(stages, 4 * stages + 1, stages if chunks > 1 else 1):
         warm_up = get_pp_rank_microbatches(count, chunks, stages)[2]
         order = convert_schedule_table_to_order(warm_up, chunks, get_schedule_table(count, chunks, stages))
-        for chunk in range(1, chunks + 1):
-            most = max(most, *accumulate((step == chunk) - (step == -chunk) for step in order))
-    return most
+        for chunk in range(chunks):
+            # the tables count chunks from 1; backward passes have a minus
+            here = accumulate((step == chunk + 1) - (step == -chunk - 1) for step in order)
+            most[chunk] = max(most[chunk], *here)
+    return tuple(most)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from families_table import COMMON, write
+from megatron.core import parallel_state
 from tape import Replayed, make_graphed_callables
 from tiny import random_groups, write_llama
 
@@ -27,6 +28,7 @@ from megadpo.objectives import OBJECTIVES
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.parallel.cuda_graphs import graphs_problem, most_in_flight
+from megadpo.plan.pipeline import order
 from megadpo.train.nonfinite import culprits
 from megadpo.train.step import train_step
 from train import engine
@@ -86,7 +88,7 @@ def same(world: int, cases: list[Case], scopes: tuple[str, ...], vocab: int = VO
             assert one["grad_norms"] == other["grad_norms"]
             assert one.get("held_out") == other.get("held_out")
             assert one["replays"] == []
-            assert all(min(layer) > 0 for layer in other["replays"]), "a graph more than are ever in flight"
+            assert all(min(layer) > 0 for layer in other["replays"]), "one that is never replayed"
             assert all(sum(layer) == sum(other["micro_batches"]) for layer in other["replays"]), "training alone"
     return [rank[len(cases) :] for rank in results]
 
@@ -166,9 +168,45 @@ def test_gradients_added_inside_the_product(base: Case) -> None:
     assert plain["grad_norms"] == graphed["grad_norms"]
 
 
+def in_flight(stages: int, chunks: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: stages)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(
+        parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: chunks if chunks > 1 else None
+    )
+    context: Any = SimpleNamespace(pipeline_size=stages, virtual_size=chunks)
+    return most_in_flight(context)
+
+
+@pytest.mark.parametrize(
+    ("stages", "chunks"), [(1, 1), (2, 1), (4, 1), (5, 1), (2, 2), (2, 5), (4, 2), (3, 3), (4, 10), (8, 4)]
+)
+def test_as_many_graphs_as_are_ever_in_flight(stages: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every chunk of every rank, neither more nor less, against the planner's own walk of the schedule; the oldest
+    micro-batch goes backward first, so that turns do."""
+    for rank in range(stages):
+        most = [0] * chunks
+        for count in range(stages, 8 * stages + 1, stages if chunks > 1 else 1):
+            waiting: list[list[int]] = [[] for _ in range(chunks)]
+            for backward, chunk, batch in order(rank, stages, chunks, count):
+                if backward:
+                    assert waiting[chunk].pop(0) == batch
+                else:
+                    waiting[chunk].append(batch)
+                most[chunk] = max(most[chunk], len(waiting[chunk]))
+        assert in_flight(stages, chunks, rank, monkeypatch) == tuple(most), f"rank {rank}"
+
+
+def test_later_chunks_need_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the walk above, by hand."""
+    assert in_flight(4, 10, 0, monkeypatch) == (8, 8, 8, 8, 8, 4, 4, 4, 4, 4)
+    assert in_flight(8, 4, 7, monkeypatch) == (16, 9, 8, 1)
+    assert in_flight(4, 2, 3, monkeypatch) == (5, 1)
+
+
 def too_few(device: torch.device, case: Case, checked: bool) -> Any:
     """One graph less than can be in flight."""
-    graphs.most_in_flight = lambda context: max(most_in_flight(context) - 1, 1)
+    graphs.most_in_flight = lambda context: tuple(max(turns - 1, 1) for turns in most_in_flight(context))
     if not checked:
         graphs.Graph.in_flight = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
     return run(device, [case])
