@@ -369,6 +369,12 @@ def _graphs(config: Config) -> list[str]:
         )
     if model.fp8_emulation:
         found.append(f"{given}: not with model.fp8_emulation, which is for numbers and not for speed; leave one out")
+    if model.real_fp8 and model.fp8_recipe == "delayed":
+        found.append(
+            f"{given}: not with model.fp8_recipe = delayed, whose scales change with a step's first micro-batch: "
+            "graphs would cast the weights to other numbers for the next ones; use tensorwise, blockwise or mxfp8, or "
+            "leave this out"
+        )
     if model.fp8_param_gather:
         found.append(
             f"{given}: not with model.fp8_param_gather, where Transformer Engine makes the transposed weights by code "

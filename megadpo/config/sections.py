@@ -43,7 +43,7 @@ class ModelConfig:
     cuda_graphs: tuple[Literal["mlp", "moe_router"], ...] = ()
     """Parts of every layer that a training step replays as CUDA graphs, by Megatron's names: norm and MLP (mlp); in
     layers with experts the norm, the router and shared experts (moe_router). The same numbers with fewer launches, and
-    memory that is never given back. Not yet run on a device."""
+    memory that is never given back. Not with fp8_recipe: delayed. Not yet run on a device."""
 
     @property
     def real_fp8(self) -> bool:

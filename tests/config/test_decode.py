@@ -199,6 +199,7 @@ MISTAKES_OF_GRAPHS = [
     ("cuda_graphs: [mlp, mlp]", "", "model.cuda_graphs = [mlp, mlp]: must name a part once"),
     ("cuda_graphs: [mlp], recompute: full", "", "model.cuda_graphs = [mlp]: not with model.recompute = full"),
     ("cuda_graphs: [mlp], fp8_format: e4m3, fp8_emulation: true", "", "model.cuda_graphs = [mlp]: not with model.fp8_emulation"),
+    ("cuda_graphs: [mlp], fp8_format: hybrid, fp8_recipe: delayed", "", "model.cuda_graphs = [mlp]: not with model.fp8_recipe = delayed"),
     ("cuda_graphs: [mlp], fp8_format: e4m3, fp8_param_gather: true", "", "model.cuda_graphs = [mlp]: not with model.fp8_param_gather"),
     ("cuda_graphs: [mlp]", "parallel: {tensor_model_parallel_size: 2, sequence_parallel: true, tp_comm_overlap: true}\n", "model.cuda_graphs = [mlp]: not with parallel.tp_comm_overlap"),
     ("cuda_graph_scope: [mlp]", "", "model.cuda_graph_scope: unknown key; did you mean model.cuda_graphs?"),
