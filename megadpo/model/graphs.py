@@ -6,8 +6,8 @@ of a stream start and end changes from one to the next; so do experts, to which 
 
 A graph reads and writes the same memory at every replay, so there is one per micro-batch that may be between its
 forward and its backward pass (`most_in_flight`, of its model chunk), taken in turn, whatever the number of micro-batches
-in a step. The graphs of one turn share their memory: all layers forward, then all backward, is the order of capture and
-of every replay. Those of different turns, and of different model chunks, share none.
+in a step. The graphs of one turn share their memory: all layers forward, then all backward, is the order of capture
+and of every replay. Those of different turns, and of different model chunks, share none.
 
 A replay runs no Python. What Python does beside the products is done here: hooks that wait for gathered weights are
 called, and weights whose gradient the graph adds to the float32 buffer by itself are marked so.
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.fp8_utils import get_fp8_recipe, is_first_last_bf16_layer
 from megatron.core.transformer import TransformerConfig, cuda_graphs
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -90,6 +92,27 @@ class Part(torch.nn.Module):
         return self.run(hidden_TD)
 
 
+@dataclass(frozen=True)
+class Gathers:
+    """Megatron-Core's memory for the rows that its own layers gather under sequence parallelism (tensor_parallel/
+    layers.py: "mpu"). All layers of all models share it, and it is replaced when somebody asks for more: a graph
+    would go on writing where it was."""
+
+    key: tuple[str, torch.dtype]
+    address: int
+
+    @staticmethod
+    def made(rows: int, widest: int, dtype: torch.dtype, context: ParallelContext) -> Gathers | None:
+        """As large as any model of the run asks for; None where no layer uses it. rows: of all tensor ranks."""
+        if mcore_fixes.have_te() or not context.sequence_parallel or context.tensor_size == 1:
+            return None
+        tensor = parallel_state.get_global_memory_buffer().get_tensor([rows, 1, widest], dtype, "mpu")
+        return Gathers(("mpu", dtype), tensor.data_ptr())
+
+    def there(self) -> bool:
+        return parallel_state.get_global_memory_buffer().buffer[self.key].data_ptr() == self.address
+
+
 Make = Callable[[tuple[Part, ...], tuple[tuple[Tensor], ...]], Sequence[Any]]
 """make_graphed_callables, torch's or Transformer Engine's: of parts in the order in which they run, with an input for
 each, what replays them."""
@@ -98,8 +121,10 @@ each, what replays them."""
 class Graph:
     """A part's graphs for one micro-batch, forward and backward."""
 
-    def __init__(self, replay: Callable[[Tensor], tuple[Tensor, ...]], part: Part, shape: torch.Size) -> None:
-        self._replay, self._shape, self._modules = replay, shape, list(part.modules())
+    def __init__(
+        self, replay: Callable[[Tensor], tuple[Tensor, ...]], part: Part, shape: torch.Size, gathers: Gathers | None
+    ) -> None:
+        self._replay, self._shape, self._modules, self._gathers = replay, shape, list(part.modules()), gathers
         self._weights = list(part.parameters())
         self._addresses = [weight.data_ptr() for weight in self._weights]
         # capturing ran the code that sets this
@@ -112,6 +137,7 @@ class Graph:
         for module in self._modules:  # looked up here: hooks come and go (train.optimizer.settled)
             for hook in module._forward_pre_hooks.values():
                 hook(module, ())
+        assert self._gathers is None or self._gathers.there(), "the memory for gathered rows has moved"
         assert [weight.data_ptr() for weight in self._weights] == self._addresses, "weights have moved"
         for weight in self._added:
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -125,15 +151,22 @@ class Graph:
 
 
 def capture(
-    chunks: Sequence[Any], scopes: Sequence[str], rows: int, context: ParallelContext, make: Make | None = None
+    chunks: Sequence[Any],
+    scopes: Sequence[str],
+    rows: int,
+    widest: int,
+    context: ParallelContext,
+    make: Make | None = None,
 ) -> str:
     """Capture these parts (model.cuda_graphs) of all layers of the policy; a line for the log.
 
     chunks: wrapped by data parallelism, as their weights' gradients have their places then. rows: of every stream.
+    widest: the largest hidden size of the models that run in this process, a reference's among them.
     Before the first step: the passes that this takes leave nothing behind but zeros in the gradients' buffers.
     make: stands in for CUDA where there is none.
     """
     turns, before, layers, graphs = most_in_flight(context), _reserved(context), 0, 0
+    gathers = Gathers.made(rows, widest, chunks[0].config.params_dtype, context)
     rows //= context.tensor_size if context.sequence_parallel else 1
     for chunk, in_flight in zip(chunks, turns, strict=True):
         config = chunk.config
@@ -142,7 +175,7 @@ def capture(
         graphs += 2 * in_flight * len(mine)
         with _capturing():
             for _ in range(in_flight if mine else 0):
-                _capture_turn(mine, rows, config, make or _make(mine, config, context))
+                _capture_turn(mine, rows, config, gathers, make or _make(mine, config, context))
         chunk.zero_grad_buffer()
     size = f", {(_reserved(context) - before) / GIB:.2f} GiB" if context.device.type == "cuda" else ""
     return (
@@ -155,7 +188,9 @@ def _scope(layer: GraphedLayer) -> str:
     return "moe_router" if layer.is_moe_layer else "mlp"
 
 
-def _capture_turn(layers: Sequence[GraphedLayer], rows: int, config: TransformerConfig, make: Make) -> None:
+def _capture_turn(
+    layers: Sequence[GraphedLayer], rows: int, config: TransformerConfig, gathers: Gathers | None, make: Make
+) -> None:
     """One graph more for each layer of a chunk."""
     like = {"dtype": config.params_dtype, "device": next(layers[0].parameters()).device}
     parts = tuple(Part(layer) for layer in layers)
@@ -168,7 +203,7 @@ def _capture_turn(layers: Sequence[GraphedLayer], rows: int, config: Transformer
     samples = [torch.zeros(rows, 1, config.hidden_size, requires_grad=True, **like) for _ in layers]
     graphs = make(parts, tuple((sample,) for sample in samples))
     for layer, part, sample, graph in zip(layers, parts, samples, graphs, strict=True):
-        layer.graphs.append(Graph(graph, part, sample.shape))
+        layer.graphs.append(Graph(graph, part, sample.shape, gathers))
 
 
 def _make(layers: Sequence[GraphedLayer], config: TransformerConfig, context: ParallelContext) -> Make:

@@ -121,7 +121,8 @@ def assembled(
     state = TrainState(chunks, build_optimizer(chunks, config.optimizer, config.parallel))
     if config.model.cuda_graphs:
         watch.slowly("capturing CUDA graphs")
-        log.line(capture(chunks, config.model.cuda_graphs, streams[0].budget.tokens, context))
+        widest = max(shape.hidden_size for shape in (inputs.shape, inputs.reference_shape))
+        log.line(capture(chunks, config.model.cuda_graphs, streams[0].budget.tokens, widest, context))
     return state, scored, reference
 
 

@@ -109,7 +109,8 @@ def build(case: Case, context: ParallelContext) -> tuple[TrainState, Stream]:
     optimizer = build_optimizer(chunks, OptimizerConfig(weight_decay=0.1), case.parallel)
     if case.graphs:
         on_gpu = context.device.type == "cuda"
-        capture(chunks, case.graphs, case.budget.tokens, context, None if on_gpu else make_graphed_callables)
+        make = None if on_gpu else make_graphed_callables
+        capture(chunks, case.graphs, case.budget.tokens, shape.hidden_size, context, make)
     scalar = case.objective.head == "scalar"
     multiple = case.pipeline if case.virtual else 1
     stream = Stream(

@@ -230,7 +230,7 @@ def captured(device: torch.device, case: Case) -> dict[str, Any]:
         state, _ = build(case, context)
         weights = [p.clone() for p in state.modules[0].parameters()]
         noise = torch.get_rng_state()
-        line = graphs.capture(state.chunks, ("mlp",), case.budget.tokens, context, make_graphed_callables)
+        line = graphs.capture(state.chunks, ("mlp",), case.budget.tokens, 32, context, make_graphed_callables)
         layer = state.modules[0].decoder.layers[0]
         layer.current_microbatch = 0
         found: dict[str, Any] = {
@@ -261,6 +261,37 @@ def test_capturing_leaves_nothing_behind(base: Case) -> None:
     assert found["line"] == "CUDA graphs of mlp: 5 layers here, at most 1 micro-batches in flight, 10 graphs"
     assert found["rows"].startswith("a stream of other length: torch.Size([39, 1, 32])")
     assert found["moved"] == "weights have moved"
+
+
+def beside_a_wider_reference(device: torch.device, case: Case, folder: Path) -> list[str | None]:
+    """What a graph of the policy says behind a reference's pass, whose width was told when it was captured, or not."""
+    found: list[str | None] = []
+    for told in (True, False):
+        with grid(case.parallel, device, seed=1) as context:
+            policy, _ = build(replace(case, graphs=()), context)
+            reference, _ = build(replace(case, folder=folder, graphs=()), context)
+            width = [state.modules[0].config.hidden_size for state in (policy, reference)]
+            tokens = case.budget.tokens
+            graphs.capture(policy.chunks, case.graphs, tokens, width[told], context, make_graphed_callables)
+            with torch.no_grad():
+                reference.modules[0].decoder.layers[0]._forward_mlp(torch.zeros(tokens // 2, 1, width[1]))
+            layer = policy.modules[0].decoder.layers[0]
+            layer.current_microbatch = 0
+            try:
+                layer._forward_mlp(torch.zeros(tokens // 2, 1, width[0], requires_grad=True))
+                found.append(None)
+            except AssertionError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_wider_reference_leaves_gathered_rows_in_place(base: Case, tmp_path: Path) -> None:
+    """Layers of both models gather into the same memory, which is replaced when it is too small."""
+    folder = write_llama(tmp_path / "wide", layers=1, vocab=VOCAB, hidden=64)
+    case = replace(base, tensor=2, sequence=True, graphs=("mlp",))
+    assert run_ranks(2, beside_a_wider_reference, case, folder) == 2 * [
+        [None, "the memory for gathered rows has moved"]
+    ]
 
 
 def gone_back(device: torch.device, case: Case, run_dir: Path) -> list[Any]:
