@@ -200,6 +200,7 @@ def _capture_turn(
         # transposed half in a pass without a gradient (quantizer.cpp: convert_and_update_tensor), under the graph.
         if hasattr(module, "disable_parameter_transpose_cache"):
             module.disable_parameter_transpose_cache = True
+            getattr(module, "_fp8_workspaces", {}).clear()  # the cast one, which nobody reads from now on
     samples = [torch.zeros(rows, 1, config.hidden_size, requires_grad=True, **like) for _ in layers]
     graphs = make(parts, tuple((sample,) for sample in samples))
     for layer, part, sample, graph in zip(layers, parts, samples, graphs, strict=True):

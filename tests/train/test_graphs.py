@@ -230,11 +230,14 @@ def captured(device: torch.device, case: Case) -> dict[str, Any]:
         state, _ = build(case, context)
         weights = [p.clone() for p in state.modules[0].parameters()]
         noise = torch.get_rng_state()
+        linear = state.modules[0].decoder.layers[0].mlp.linear_fc1  # as if it were Transformer Engine's
+        linear.disable_parameter_transpose_cache, linear._fp8_workspaces = False, {"weight": torch.zeros(1)}
         line = graphs.capture(state.chunks, ("mlp",), case.budget.tokens, 32, context, make_graphed_callables)
         layer = state.modules[0].decoder.layers[0]
         layer.current_microbatch = 0
         found: dict[str, Any] = {
             "line": line,
+            "casts": (linear.disable_parameter_transpose_cache, linear._fp8_workspaces),
             "weights": all(torch.equal(p, w) for p, w in zip(state.modules[0].parameters(), weights, strict=True)),
             "gradients": [float(buffer.grad_data.abs().sum()) for buffer in state.chunks[0].buffers],
             "own": [p for p in state.modules[0].parameters() if p.grad is not None],
@@ -256,6 +259,7 @@ def test_capturing_leaves_nothing_behind(base: Case) -> None:
     [found] = run_ranks(1, captured, base)
     assert found["weights"]
     assert found["noise"]
+    assert found["casts"] == (True, {}), "graphs have their own"
     assert found["gradients"] == [0.0]
     assert found["own"] == found["keys"] == []
     assert found["line"] == "CUDA graphs of mlp: 5 layers here, at most 1 micro-batches in flight, 10 graphs"
