@@ -5,9 +5,9 @@ experts the norm, the router and the shared experts (`moe_router`). Attention st
 of a stream start and end changes from one to the next; so do experts, to which different numbers of rows go.
 
 A graph reads and writes the same memory at every replay, so there is one per micro-batch that may be between its
-forward and its backward pass (`most_in_flight`, of its model chunk), taken in turn, whatever the number of micro-batches
-in a step. The graphs of one turn share their memory: all layers forward, then all backward, is the order of capture
-and of every replay. Those of different turns, and of different model chunks, share none.
+forward and its backward pass (`most_in_flight`, of its model chunk), taken in turn, whatever the number of
+micro-batches in a step. The graphs of one turn share their memory: all layers forward, then all backward, is the order
+of capture and of every replay. Those of different turns, and of different model chunks, share none.
 
 A replay runs no Python. What Python does beside the products is done here: hooks that wait for gathered weights are
 called, and weights whose gradient the graph adds to the float32 buffer by itself are marked so.

@@ -57,8 +57,8 @@ def search_of(config: Config, request: Request, count: Count) -> tuple[Search, t
         )
     if config.model.cuda_graphs:
         assumptions.append(
-            "as without CUDA graphs: that each keeps the gradients of its rows and, unless they are added inside the "
-            "product, of its weights, and the launches saved, are not counted"
+            "the memory that CUDA graphs hold is counted, as if weights' gradients were added inside the product; the "
+            "launches saved are not, nor FP8's casts for every micro-batch"
         )
     return Search(space, lengths, count), (*assumptions, *gpu_option.assumed(request.gpu), *of_the_model(gpu))
 

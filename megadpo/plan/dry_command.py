@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megadpo.config import Config
+from megadpo.convert.shape import ModelShape
 from megadpo.data.stream import budget_for
 from megadpo.errors import ConfigError
 from megadpo.observe.gpus import GIB
@@ -14,7 +15,8 @@ from megadpo.plan.counts import without_te
 from megadpo.plan.dry_run import Walk, walk
 from megadpo.plan.even import Load
 from megadpo.plan.grids import check_gpus
-from megadpo.plan.profile import Place
+from megadpo.plan.numbers import RankNumbers
+from megadpo.plan.profile import Place, rank_numbers
 from megadpo.plan.workload import Lengths, work
 from megadpo.train.inputs import read_shapes
 
@@ -79,12 +81,31 @@ def dry_run(config: Config, request: Request, rank: int) -> DryRun:
     if without_te(config) != config:
         fp8 = "; FP8's casts as on a Hopper" if config.model.real_fp8 else ""
         kept = ", beside weights in bfloat16" if config.model.fp8_param_gather else ""
-        kernels = "Transformer Engine's and Triton's kernels and CUDA graphs"
+        kernels = "Transformer Engine's and Triton's kernels"
         assumptions = [*assumptions, f"counted without {kernels}{fp8}{kept}"]
     load = load_of(config, lengths, place)
     reference = None if shapes.reference is shapes.policy else shapes.reference
     found = walk(shapes.policy, config, world, rank, load, reference=reference)
+    if config.model.cuda_graphs:
+        assumptions = [*assumptions, "what CUDA graphs hold is added as the search over grids counts it"]
+        found = replace(found, numbers=_with_graphs(found.numbers, shapes.policy, config, world, load, reference))
     return DryRun(place, world, load, tuple(assumptions), found)
+
+
+def _with_graphs(
+    walked: RankNumbers, shape: ModelShape, config: Config, world: int, load: Load, reference: ModelShape | None
+) -> RankNumbers:
+    """A walk captures nothing: what graphs add, by the short way, which has both."""
+    plain = replace(config, model=replace(config.model, cuda_graphs=()))
+    without, graphed = (
+        rank_numbers(
+            shape, one, world, walked.rank, load.tokens, load.scored, load.micro_batches, reference=reference
+        ).memory
+        for one in (plain, config)
+    )
+    more = {name: getattr(graphed, name) - getattr(without, name) for name in vars(without)}
+    memory = replace(walked.memory, **{name: size + more[name] for name, size in vars(walked.memory).items()})
+    return replace(walked, memory=memory)
 
 
 def load_of(config: Config, lengths: Lengths, place: Place) -> Load:

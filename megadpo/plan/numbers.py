@@ -35,7 +35,7 @@ class Memory:
     reference: int
     """Weights of a resident or swapped reference."""
     activations: int
-    """Of all micro-batches in flight, with the chosen recompute."""
+    """Of all micro-batches in flight, with the chosen recompute; and all that CUDA graphs hold."""
     logits: int
     """The head's working memory."""
     buffers: int

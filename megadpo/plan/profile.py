@@ -20,6 +20,7 @@ from megadpo.plan import buckets
 from megadpo.plan.buckets import Sharding, Weight, bytes_of
 from megadpo.plan.dry_run import has_second
 from megadpo.plan.fp8_memory import HOPPER, Kept, layers_in_fp8
+from megadpo.plan.graph_memory import graphed, of_chunk, turns_of
 from megadpo.plan.numbers import Collective, Group, Memory, RankNumbers
 from megadpo.plan.stage import Frozen, Layer, Stage, StageKind, Working, frozen, kind_of, measured
 
@@ -90,7 +91,17 @@ def rank_numbers(
     rows = tokens // (place.tensor if config.parallel.sequence_parallel else 1)
     message = rows * width
     under_way = 0 if place.stages == 1 else UNDER_WAY if place.virtual == 1 else UNDER_WAY_INTERLEAVED
-    peak = max(_instants(chunks, place, micro_batches), key=lambda instant: instant.total)
+    graphs = [
+        of_chunk(
+            own_layers(shape, virtual),
+            config.model.cuda_graphs,
+            turns,
+            lambda layer: graphed(kind(shape, False, layer, 1, False, False)),
+        )
+        for virtual, turns in enumerate(turns_of(place.stage, place.stages, place.virtual))
+    ]
+    captured = [one.saved for one in graphs]
+    peak = max(_instants(chunks, place, micro_batches, captured), key=lambda instant: instant.total)
     _tally_pipeline(tally, place, micro_batches, message * shape.hidden_size, 2)
     if others:
         _tally_pipeline(tally, place, micro_batches, message * other.hidden_size, 1)
@@ -109,11 +120,13 @@ def rank_numbers(
         stage=place.stage,
         parameters=sum(weight.size for chunk in chunks for weight in chunk.weights),
         memory=Memory(
-            weights=sum(part.weights for part in parts) + sum(chunk.buffer_bytes for chunk in chunks),
+            weights=sum(part.weights for part in parts)
+            + sum(chunk.buffer_bytes for chunk in chunks)
+            - sum(one.casts for one in graphs),
             gradients=sum(part.gradients for part in parts),
             optimizer=sum(part.optimizer for part in parts),
             reference=frozen_bytes,
-            activations=peak.activations,
+            activations=peak.activations + sum(one.held for one in graphs),
             logits=peak.logits,
             buffers=max(chunk.buffers for chunk in [*chunks, *others]),
         ),
@@ -285,17 +298,18 @@ def _shares(weights: Sequence[Weight], config: Config, place: Place) -> list[tup
     return found
 
 
-def _instants(chunks: Sequence[Chunk], place: Place, micro_batches: int) -> Iterator[Working]:
-    """How full the working memory is during every pass of the schedule."""
+def _instants(chunks: Sequence[Chunk], place: Place, micro_batches: int, captured: Sequence[int]) -> Iterator[Working]:
+    """How full the working memory is during every pass of the schedule. captured: bytes of every chunk that each of
+    its micro-batches leaves in a CUDA graph's memory, and not here."""
     live = Working()
     for virtual, forward in _order(place, micro_batches):
-        chunk = chunks[virtual]
+        chunk, elsewhere = chunks[virtual], Working(activations=captured[virtual])
         if forward:
-            yield live + chunk.sum(lambda stage: stage.forward.fullest)
-            live = live + chunk.sum(lambda stage: stage.saved)
+            yield live + chunk.sum(lambda stage: stage.forward.fullest) - elsewhere
+            live = live + chunk.sum(lambda stage: stage.saved) - elsewhere
         else:
-            live = live - chunk.sum(lambda stage: stage.saved)
-            yield live + chunk.sum(lambda stage: stage.backward.fullest)
+            live = live - chunk.sum(lambda stage: stage.saved) + elsewhere
+            yield live + chunk.sum(lambda stage: stage.backward.fullest) - elsewhere
 
 
 UNDER_WAY, UNDER_WAY_INTERLEAVED = 1, 4

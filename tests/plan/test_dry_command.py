@@ -36,7 +36,18 @@ def test_a_rank_is_described(run_file: str, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "rank 0 of 16: pipeline stage 0 of 2, tensor rank 0 of 2, data rank 0 of 4" in text
     assert "reduce_scatter   data" in text
-    assert "and CUDA graphs" in text
+    assert "what CUDA graphs hold is added" in text
+    assert (
+        main(
+            ["plan", run_file, "--dry-run", "--gpus", "16", "--rank", "15", "--json", *GRID, "model.cuda_graphs=[mlp]"]
+        )
+        == 0
+    )
+    graphed = json.loads(capsys.readouterr().out)["memory"]
+    more = graphed.pop("activations") - found["memory"].pop("activations")
+    assert more > 0
+    assert graphed.pop("total") == found["memory"].pop("total") + more
+    assert graphed == found["memory"]
 
 
 @pytest.mark.parametrize(

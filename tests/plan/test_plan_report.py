@@ -135,7 +135,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert cli.main([*arguments, "--json", "--spread", "0.3", "model.cuda_graphs=[mlp]"]) == 0
     graphed = json.loads(capsys.readouterr().out)
     assert "spread 0.3" in graphed["assumptions"][0]
-    assert graphed["assumptions"][1].startswith("as without CUDA graphs: ")
+    assert graphed["assumptions"][1].startswith("the memory that CUDA graphs hold is counted, ")
     assert cli.main(["plan", path, "--gpus", "8", "--gpu", "h300"]) == 2
     assert "did you mean h200?" in capsys.readouterr().err
     assert cli.main(["plan", path, "--gpus", "8", "--gpu", "memory=1GiB,bf16=1e12", "--top", "3"]) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tape
 import torch
 from distributed import run_ranks
 from families_table import COMMON, write
@@ -17,7 +18,7 @@ from tape import Replayed, make_graphed_callables
 from tiny import random_groups, write_llama
 
 from megadpo import checkpoint
-from megadpo.config import ModelConfig
+from megadpo.config import Config, DataConfig, ModelConfig
 from megadpo.convert.families import read_shape
 from megadpo.convert.fit import graph_misfits
 from megadpo.data.packing import Budget
@@ -28,7 +29,9 @@ from megadpo.objectives import OBJECTIVES
 from megadpo.parallel import mcore_fixes
 from megadpo.parallel.context import grid
 from megadpo.parallel.cuda_graphs import graphs_problem, most_in_flight
+from megadpo.plan.graph_memory import graphed, turns_of
 from megadpo.plan.pipeline import order
+from megadpo.plan.stage import Layer, kind_of
 from megadpo.train.nonfinite import culprits
 from megadpo.train.step import train_step
 from train import engine
@@ -195,6 +198,7 @@ def test_as_many_graphs_as_are_ever_in_flight(stages: int, chunks: int, monkeypa
                     waiting[chunk].append(batch)
                 most[chunk] = max(most[chunk], len(waiting[chunk]))
         assert in_flight(stages, chunks, rank, monkeypatch) == tuple(most), f"rank {rank}"
+        assert turns_of(rank, stages, chunks) == tuple(most), "the planner's"
 
 
 def test_later_chunks_need_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +227,15 @@ def test_and_would_be_wrong(base: Case) -> None:
         run_ranks(2, too_few, replace(base, pipeline=2, graphs=("mlp",)), False)
 
 
+def held(graph: Replayed) -> int:
+    """Bytes that no other graph may use: its input, what its backward pass reads of its own, its output, and the
+    gradient that goes in."""
+    gone_in = [graph.static, *(gradient for gradient in graph.gradients_out if gradient is not None)]
+    made = {storage: tensor for storage, tensor in graph.forward.made.items() if storage in graph.left}
+    made |= {tape.key(tensor): tensor for tensor in [*gone_in, *graph.outputs]}
+    return sum(tensor.untyped_storage().nbytes() for tensor in made.values())
+
+
 def captured(device: torch.device, case: Case) -> dict[str, Any]:
     """What capturing leaves behind, and what a graph refuses."""
     add_inside()
@@ -237,6 +250,7 @@ def captured(device: torch.device, case: Case) -> dict[str, Any]:
         layer.current_microbatch = 0
         found: dict[str, Any] = {
             "line": line,
+            "held": held(layer.graphs[0]._replay),
             "casts": (linear.disable_parameter_transpose_cache, linear._fp8_workspaces),
             "weights": all(torch.equal(p, w) for p, w in zip(state.modules[0].parameters(), weights, strict=True)),
             "gradients": [float(buffer.grad_data.abs().sum()) for buffer in state.chunks[0].buffers],
@@ -258,6 +272,9 @@ def test_capturing_leaves_nothing_behind(base: Case) -> None:
     """Though its passes have gradients of NaN."""
     [found] = run_ranks(1, captured, base)
     assert found["weights"]
+    config = Config(run_dir="", model=base.model, data=DataConfig(train=()), objective=base.objective)
+    planned = graphed(kind_of(read_shape(base.folder), config, Layer(), 1, False, False, base.budget.tokens, 8, False))
+    assert found["held"] == planned.held, "as the planner counts it"
     assert found["noise"]
     assert found["casts"] == (True, {}), "graphs have their own"
     assert found["gradients"] == [0.0]
