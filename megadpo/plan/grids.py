@@ -183,7 +183,7 @@ def modes(config: Config) -> Sequence[str]:
 def reasons(space: Space, candidate: Candidate) -> tuple[str, ...]:
     """Why a run would refuse the grid, in its own words; none where it would start."""
     config = candidate.applied(space.config)
-    found = [*_of_settings(replace(config, model=space.config.model)), *_of_grid(space, config.parallel)]
+    found = [*_of_settings(config), *_of_grid(space, config.parallel)]
     if not found:
         found += _of_megatron(space.shapes.policy, config.parallel, without_fp8(config.model))
     if not found and candidate.tokens < space.longest:

@@ -114,6 +114,15 @@ def test_reference_modes(tmp_path: Path) -> None:
     assert not reasons(tdpo.space, candidate(reference="resident"))
 
 
+def test_recompute_beside_cuda_graphs(tmp_path: Path) -> None:
+    """The search tries every way; a run would refuse this one."""
+    given = config(tmp_path)
+    found = search(replace(given, model=replace(given.model, cuda_graphs=("mlp",))), 8)
+    [refused] = reasons(found.space, candidate(recompute="full"))
+    assert "model.cuda_graphs = [mlp]: not with model.recompute = full" in refused
+    assert not reasons(found.space, candidate(recompute="selective"))
+
+
 @pytest.fixture(scope="module")
 def seventy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, Found]:
     found = search(config(tmp_path_factory.mktemp("70b"), "llama3.1-70b", batch={"global_batch_size": 128}), 64)
