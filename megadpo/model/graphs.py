@@ -35,7 +35,7 @@ from megadpo.parallel.cuda_graphs import most_in_flight
 
 class GraphedLayer(TransformerLayer):
     """Megatron-Core's layer, which replays what has been captured of it. One private method is overridden, and
-    MoELayer.forward is taken apart; tests/model/test_graphs.py compares both with what Megatron-Core does."""
+    MoELayer.forward is taken apart; tests/train/test_graphs.py compares both with what Megatron-Core does."""
 
     current_microbatch: int
     """Set by the schedule before each forward pass."""
