@@ -22,10 +22,9 @@ from megadpo.model.graphs import Part
 from megadpo.plan import counts, pipeline
 from megadpo.plan.dry_run import tell_buffers
 from megadpo.plan.fake_world import fake_rank
-from megadpo.plan.fp8_memory import keep_in_fp8, linear_layers
+from megadpo.plan.fp8_memory import linear_layers
 from megadpo.plan.recorder import Recorder
-from megadpo.plan.stage import NO_DATA, Layer, StageKind, place
-from megadpo.train.optimizer import wrap
+from megadpo.plan.stage import NO_DATA, Layer, StageKind, chunk_of, place
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,7 @@ def graphed(kind: StageKind) -> Graphed:
     world, rank = place(kind)
     config = Config(run_dir="", model=kind.model, data=NO_DATA, objective=kind.objective, parallel=parallel)
     with fake_rank(parallel, world, rank, kind.gpu) as context, Recorder(context) as recorder:
-        chunk = wrap(counts.modules_of(kind.shape, config, context), parallel)[0]
-        if kind.fp8 is not None:
-            keep_in_fp8(chunk.module, kind.fp8, [True] * kind.shape.num_layers)
-        recorder.claim(counts.weight_tensors([chunk]), "weights")
-        recorder.claim(counts.gradient_tensors([chunk]), "gradients")
+        chunk = chunk_of(kind, config, context, recorder)
         tell_buffers(recorder)
         layer = chunk.module.decoder.layers[0]
         _add_inside(layer)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megadpo.config import Config, DataConfig, ModelConfig, ParallelConfig
@@ -18,6 +19,7 @@ from megadpo.model.head import Asked, HeadOutput, Rivals
 from megadpo.model.policy import Policy
 from megadpo.model.reference import build_reference
 from megadpo.objectives import Objective
+from megadpo.parallel.context import ParallelContext
 from megadpo.plan import counts
 from megadpo.plan.buckets import Weight
 from megadpo.plan.counts import without_te
@@ -143,6 +145,16 @@ def kind_of(
     return StageKind(short, model, grid, config.objective, tokens, scored, gpu, layer.fp8, first, last)
 
 
+def chunk_of(kind: StageKind, config: Config, context: ParallelContext, recorder: Recorder) -> DistributedDataParallel:
+    """A stage's model chunk, wrapped; its weights and gradients told to the recorder."""
+    chunk = wrap(counts.modules_of(kind.shape, config, context), kind.parallel)[0]
+    if kind.fp8 is not None:
+        keep_in_fp8(chunk.module, kind.fp8, [True] * kind.shape.num_layers)
+    recorder.claim(counts.weight_tensors([chunk]), "weights")
+    recorder.claim(counts.gradient_tensors([chunk]), "gradients")
+    return chunk
+
+
 @lru_cache(maxsize=4096)
 def measured(kind: StageKind) -> Stage:
     """Build it on fake tensors and run one micro-batch forward and backward."""
@@ -152,11 +164,7 @@ def measured(kind: StageKind) -> Stage:
     batch = even_batch(load, objective, column=False)
     config = Config(run_dir="", model=kind.model, data=NO_DATA, objective=objective, parallel=parallel)
     with fake_rank(parallel, world, rank, kind.gpu) as context, Recorder(context) as recorder:
-        chunk = wrap(counts.modules_of(kind.shape, config, context), parallel)[0]
-        if kind.fp8 is not None:
-            keep_in_fp8(chunk.module, kind.fp8, [True] * kind.shape.num_layers)
-        recorder.claim(counts.weight_tensors([chunk]), "weights")
-        recorder.claim(counts.gradient_tensors([chunk]), "gradients")
+        chunk = chunk_of(kind, config, context, recorder)
         tell_head(recorder, chunk.module)
         tell_buffers(recorder)
         if kind.shape.latent is None:
